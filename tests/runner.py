@@ -168,7 +168,7 @@ def meson_tests(build, timeout, names=(), env=None, multiplier=1.0, suites=()):
                 for case in found:
                     case.seconds = test["duration"] / len(found)
                 cases += found
-    if ended.status is None or (not cases and ended.status != 0):
+    if ended.status is None or (not cases and (names or ended.status != 0)):
         cases.append(Case("meson test", FAIL, tail(ended.output)))
     return cases, seeds
 
@@ -206,8 +206,8 @@ def integration(path, build, timeout=180, extra_env=None):
     with tempfile.TemporaryDirectory(prefix="cairn-test.") as scratch:
         env = {
             "CAIRN_BUILD": build,
-            "CAIRND": os.path.join(build, "src", "cairnd"),
-            "CAIRN": os.path.join(build, "src", "cairn"),
+            "CAIRND": os.path.join(build, "src/daemon/cairnd"),
+            "CAIRN": os.path.join(build, "src/cli/cairn"),
             "TEST_DIR": os.path.dirname(path),
             "TMPDIR": scratch,
             "PYTHONDONTWRITEBYTECODE": "1",
