@@ -97,8 +97,15 @@ def run(command, timeout, env=None, cwd=None):
     return Ended(status, text, time.monotonic() - begin, left)
 
 
+SANITIZER = re.compile(r"(ERROR: \w+Sanitizer|WARNING: ThreadSanitizer|: runtime error: )")
+
+
 def tail(text, lines=60):
+    """The end of an output, or a sanitizer's report from its first line."""
     kept = text.rstrip().splitlines()
+    for i, line in enumerate(kept):
+        if SANITIZER.search(line):
+            return "\n".join(kept[i : i + lines])
     if len(kept) > lines:
         kept = [f"... ({len(kept) - lines} lines before)"] + kept[-lines:]
     return "\n".join(kept)
