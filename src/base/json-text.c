@@ -165,7 +165,8 @@ static int parse_error(const char *text, size_t len, bool rewritten, const json_
     for (; e->text[n] && n + 1 < sizeof(what); n++)
         what[n] = (e->text[n] >= ' ' && e->text[n] < 0x7f) ? e->text[n] : '?';
     what[n] = '\0';
-    if (json_error_code(e) == json_error_out_of_memory)
+    if (json_error_code(e) == json_error_out_of_memory ||
+        !e->text[0]) /* jansson is silent in some places */
         return error_set(err, ENOMEM, "not enough memory to read %zu bytes of JSON", len);
     return error_set(err, EINVAL, "JSON parse error at byte %zu: %s",
                      rewritten ? input_offset(text, len, offset) : offset, what);

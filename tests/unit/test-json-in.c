@@ -10,6 +10,12 @@
 #include <errno.h>
 #include <stdlib.h>
 
+/* Lets alloc_fail_at() reach the allocations of the JSON library. */
+static void *allocate_for_jansson(size_t size)
+{
+    return try_alloc(1, size);
+}
+
 static json_t *load(const char *text)
 {
     AUTO(error_free) struct error *err = NULL;
@@ -324,6 +330,69 @@ static void test_json_in__survives_each_failed_allocation(void **state)
         failures++;
     }
     assert_true(failures >= 8);
+}
+
+static void test_json_in__fills_string_defaults_and_all_alternates(void **state)
+{
+    (void)state;
+    assert_same(&label_type, "{}", "{\"title\": \"none\"}");
+    assert_same(&label_type, "{\"amount\": 18446744073709551615, \"scale\": 2}",
+                "{\"title\": \"none\", \"amount\": 1.8446744073709552e19, \"scale\": 2.0}");
+    assert_same(&label_type, "{\"title\": \"\", \"amount\": false}",
+                "{\"title\": \"\", \"amount\": false}");
+    assert_same(&label_type, "{\"title\": \"x\", \"amount\": [18446744073709551615]}",
+                "{\"title\": \"x\", \"amount\": [18446744073709551615]}");
+    assert_refused(&label_type, "{\"amount\": \"1\"}",
+                   "arguments.amount: expects a number or a boolean or an array, not a string");
+    assert_refused(&label_type, "{\"amount\": [1, -1]}", "arguments.amount[1]: -1 is less than 0");
+    assert_refused(&label_type, "{\"title\": \"abcdef\"}",
+                   "arguments.title: 'abcdef' has 6 bytes, more than 5");
+}
+
+static void test_json_in__paths_of_any_length_are_cut(void **state)
+{
+    AUTO(error_free) struct error *err = NULL;
+    AUTO(free_ptr) char *name = calloc(1, 100001);
+    AUTO(free_ptr) char *text = NULL;
+    struct place p;
+
+    (void)state;
+    memset(name, 'n', 100000);
+    text = xasprintf("{\"%s\": 1}", name);
+    assert_int_equal(parse(&place_type, text, &p, &err), -EINVAL);
+    assert_true(strlen(error_text(err)) < 200);
+}
+
+/* As above, with jansson's own allocations failing too: what goes out is whole or nothing. */
+static void test_json_in__output_survives_each_failed_allocation(void **state)
+{
+    const char *text = "{\"name\": \"b\", \"weight\": 18446744073709551615, \"on\": {" FLAT
+                       "}, \"tags\": [\"x\", \"y\"], "
+                       "\"label\": \"l\\u00e4\", \"faces\": [\"red\"]}";
+    AUTO(error_free) struct error *err = NULL;
+    AUTO(stone_release) struct stone s;
+    unsigned failures = 0;
+    unsigned calls;
+    AUTO(free_ptr) char *expected = there_and_back(&stone_type, text);
+
+    (void)state;
+    assert_int_equal(parse(&stone_type, text, &s, &err), 0);
+    json_set_alloc_funcs(allocate_for_jansson, free);
+    do {
+        AUTO(free_ptr) char *written = NULL;
+        json_t *out;
+
+        (void)alloc_fail_at(failures + 1);
+        out = json_out(&stone_type, &s);
+        calls = alloc_fail_at(0);
+        written = out ? json_text_dump(out, false) : NULL;
+        json_decref(out);
+        if (out)
+            assert_string_equal(written, expected);
+        failures++;
+    } while (failures <= calls);
+    json_set_alloc_funcs(malloc, free);
+    assert_true(failures >= 20);
 }
 
 static void test_json_in__events_have_their_data(void **state)

@@ -216,6 +216,21 @@ static void test_json_scan__bounds_bytes(void **state)
     free(text);
 }
 
+/* A long value's brackets within strings do not count, nor does what ends the string. */
+static void test_json_scan__passes_over_the_rest_of_a_long_value(void **state)
+{
+    char text[1025 + 64] = "";
+    const char *tail = "'}]\\'}' \"\\\"]\" 1, true";
+    AUTO(free_ptr) char *found = NULL;
+    char *p;
+
+    (void)state;
+    memset(text, '[', 1025);
+    p = stpcpy(text + 1025, tail);
+    found = scan(text, (size_t)(p - text), 3);
+    assert_string_equal(found, "!"); /* still within it */
+}
+
 /* However random bytes are cut, the same is found. */
 static void test_json_scan__pieces_do_not_matter(void **state)
 {

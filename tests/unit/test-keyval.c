@@ -8,6 +8,7 @@
 #include "base/prng.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 static void assert_tree(const char *text, const char *implied, const char *expected)
@@ -182,6 +183,71 @@ static void test_keyval__bad_leaves_are_named(void **state)
     assert_option_refused(&report_type, "total=1,stones=x",
                           "stones: expects an array, not a string");
     assert_option_refused(&stone_type, "weight=1", "name: missing, but mandatory");
+}
+
+static void test_keyval__texts_become_numbers_and_flags(void **state)
+{
+    AUTO(free_ptr) char *message = NULL;
+    AUTO(label_release) struct label l;
+
+    (void)state;
+    assert_int_equal(parse(&label_type, "amount=0.5,scale=2.5", &l, &message), 0);
+    assert_true(l.has_scale && l.scale == 2.5);
+    assert_int_equal(l.amount->kind, AMOUNT_EXACT);
+    assert_true(l.amount->exact == 0.5);
+    assert_option_refused(&label_type, "scale=2.5x", "scale: '2.5x' is not a number");
+    assert_option_refused(&label_type, "scale=1e999", "scale: '1e999' is not a number");
+}
+
+static void test_keyval__long_lists_are_refused(void **state)
+{
+    AUTO(error_free) struct error *err = NULL;
+    enum json_in_mode mode;
+    json_t *tree;
+    size_t size = 0;
+    char *all = NULL;
+    FILE *f = open_memstream(&all, &size);
+
+    (void)state;
+    for (int i = 0; i < 4097; i++)
+        fprintf(f, "a.%d=x,", i);
+    fclose(f);
+    assert_int_equal(keyval_load(all, NULL, &tree, &mode, &err), -E2BIG);
+    assert_string_equal(error_text(err), "list 'a' has more than 4096 elements");
+    free(all);
+}
+
+/* Lets alloc_fail_at() reach the allocations of the JSON library. */
+static void *allocate_for_jansson(size_t size)
+{
+    return try_alloc(1, size);
+}
+
+static void test_keyval__survives_each_failed_allocation(void **state)
+{
+    const char *text =
+        "name=b,weight=5,on.name=c,on.weight=1,on.shape=round,on.radius=9,tags.0=t,tags.1=u,faces.0=red";
+    unsigned failures = 0;
+    unsigned calls;
+
+    (void)state;
+    json_set_alloc_funcs(allocate_for_jansson, free);
+    do {
+        AUTO(error_free) struct error *err = NULL;
+        struct stone s;
+        int r;
+
+        (void)alloc_fail_at(failures + 1);
+        r = keyval_in(&stone_type, text, NULL, &s, &err);
+        calls = alloc_fail_at(0);
+        if (r == 0)
+            stone_release(&s);
+        else
+            assert_int_equal(r, -ENOMEM);
+        failures++;
+    } while (failures <= calls);
+    json_set_alloc_funcs(malloc, free);
+    assert_true(failures >= 30);
 }
 
 static void test_keyval__json_keeps_its_types(void **state)

@@ -7,8 +7,10 @@
 
 #include <jansson.h>
 
+struct amount;
 struct colour_array;
 struct flat_shape;
+struct label;
 struct node;
 struct pile_options;
 struct place;
@@ -194,6 +196,25 @@ static inline void report_release(struct report *value)
     schema_free(&report_type, value);
 }
 
+/* A label. */
+struct label {
+    /* What it says. */
+    char *title;
+    /* How much is there. */
+    struct amount *amount;
+    /* How much larger than life. */
+    bool has_scale;
+    double scale;
+};
+
+extern const struct schema_type label_type;
+
+/* Frees what the value holds; for AUTO(). */
+static inline void label_release(struct label *value)
+{
+    schema_free(&label_type, value);
+}
+
 struct string_array {
     char **items;
     size_t count;
@@ -242,6 +263,46 @@ static inline void stone_release(struct stone *value)
     schema_free(&stone_type, value);
 }
 
+struct uint_array {
+    uint64_t *items;
+    size_t count;
+};
+
+extern const struct schema_type uint_array_type;
+
+/* Frees what the value holds; for AUTO(). */
+static inline void uint_array_release(struct uint_array *value)
+{
+    schema_free(&uint_array_type, value);
+}
+
+enum amount_kind {
+    AMOUNT_EXACT,
+    AMOUNT_SOME,
+    AMOUNT_EACH,
+};
+
+/* How much, in whatever form. */
+struct amount {
+    enum amount_kind kind;
+    union {
+        /* A number. */
+        double exact;
+        /* Some, or none. */
+        bool some;
+        /* Of each. */
+        struct uint_array each;
+    };
+};
+
+extern const struct schema_type amount_type;
+
+/* Frees what the value holds; for AUTO(). */
+static inline void amount_release(struct amount *value)
+{
+    schema_free(&amount_type, value);
+}
+
 /* The arguments of stone-weigh. */
 struct stone_weigh_args {
     /* Which one. */
@@ -286,19 +347,6 @@ extern const struct schema_type stone_fell_event_type;
 static inline void stone_fell_event_release(struct stone_fell_event *value)
 {
     schema_free(&stone_fell_event_type, value);
-}
-
-struct uint_array {
-    uint64_t *items;
-    size_t count;
-};
-
-extern const struct schema_type uint_array_type;
-
-/* Frees what the value holds; for AUTO(). */
-static inline void uint_array_release(struct uint_array *value)
-{
-    schema_free(&uint_array_type, value);
 }
 
 #endif

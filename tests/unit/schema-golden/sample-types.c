@@ -308,6 +308,41 @@ const struct schema_type report_type = {
     .members = report_members,
 };
 
+static const struct schema_member label_members[] = {
+    {
+        .name = "title",
+        .type = &schema_string,
+        .offset = offsetof(struct label, title),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_DEFAULT,
+        .limits = {.max = 5},
+        .default_string = "none",
+    },
+    {
+        .name = "amount",
+        .type = &amount_type,
+        .offset = offsetof(struct label, amount),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_OPTIONAL,
+        .indirect = true,
+    },
+    {
+        .name = "scale",
+        .type = &schema_number,
+        .offset = offsetof(struct label, scale),
+        .flag_offset = offsetof(struct label, has_scale),
+        .presence = SCHEMA_OPTIONAL,
+    },
+};
+
+const struct schema_type label_type = {
+    .name = "label",
+    .kind = SCHEMA_STRUCT,
+    .size = sizeof(struct label),
+    .count = 3,
+    .members = label_members,
+};
+
 const struct schema_type string_array_type = {
     .name = "[string]",
     .kind = SCHEMA_ARRAY,
@@ -411,6 +446,47 @@ const struct schema_type stone_type = {
     .refusals = stone_refusals,
 };
 
+const struct schema_type uint_array_type = {
+    .name = "[u64]",
+    .kind = SCHEMA_ARRAY,
+    .size = sizeof(struct uint_array),
+    .element = &schema_uint,
+    .element_limits = {.max = UINT64_C(18446744073709551615)},
+};
+
+static const struct schema_member amount_members[] = {
+    {
+        .name = "exact",
+        .type = &schema_number,
+        .offset = offsetof(struct amount, exact),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_MANDATORY,
+    },
+    {
+        .name = "some",
+        .type = &schema_bool,
+        .offset = offsetof(struct amount, some),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_MANDATORY,
+    },
+    {
+        .name = "each",
+        .type = &uint_array_type,
+        .offset = offsetof(struct amount, each),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_MANDATORY,
+        .limits = {.max = 4096},
+    },
+};
+
+const struct schema_type amount_type = {
+    .name = "amount",
+    .kind = SCHEMA_ALTERNATE,
+    .size = sizeof(struct amount),
+    .count = 3,
+    .members = amount_members,
+};
+
 static const struct schema_member stone_weigh_args_members[] = {
     {
         .name = "name",
@@ -483,14 +559,6 @@ const struct schema_type stone_fell_event_type = {
     .size = sizeof(struct stone_fell_event),
     .count = 2,
     .members = stone_fell_event_members,
-};
-
-const struct schema_type uint_array_type = {
-    .name = "[u64]",
-    .kind = SCHEMA_ARRAY,
-    .size = sizeof(struct uint_array),
-    .element = &schema_uint,
-    .element_limits = {.max = UINT64_C(18446744073709551615)},
 };
 
 json_t *event_stone_fell(const struct stone_fell_event *data)
