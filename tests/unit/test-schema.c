@@ -195,7 +195,7 @@ static void test_schema__exports_and_servers_parse(void **state)
     assert_null(e.u.nbd.description);
     parse("nbd-server-start",
           "{'addr': {'type': 'inet', 'data': {'host': '::1', 'port': '10809'}}}", &s);
-    assert_int_equal(s.addr.type, SOCKET_ADDRESS_TYPE_INET);
+    assert_int_equal(s.addr.type, SERVER_ADDRESS_TYPE_INET);
     assert_string_equal(s.addr.u.inet.data.port, "10809");
     assert_int_equal(s.max_connections, 0);
     assert_int_equal(keyval_in(&nbd_server_options_type,
