@@ -78,6 +78,7 @@ static struct co *co_new(struct loop *loop)
     co->loop = loop;
     list_init(&co->scope_link);
     list_init(&co->ready_link);
+    list_append(&loop->all_cos, &co->all_link);
     fiber_init(&co->fiber, (char *)map + page, (size_t)((char *)co - ((char *)map + page)), co_main,
                co);
     return co;
@@ -88,6 +89,7 @@ static void co_free(struct co *co)
     void *map = co->map;
     size_t size = co->map_size;
 
+    list_remove(&co->all_link);
     fiber_release(&co->fiber);
     munmap(map, size);
 }
@@ -101,6 +103,14 @@ void co_pool_release(struct loop *loop)
         co_free(co);
     }
     loop->free_co_count = 0;
+}
+
+void co_abandon_all(struct loop *loop)
+{
+    struct co *co;
+
+    while ((co = list_first(&loop->all_cos, struct co, all_link)))
+        co_free(co);
 }
 
 /* Gives control to `co`, from a coroutine or from the loop. */

@@ -200,10 +200,11 @@ static void threads_poll(struct loop *loop, uint64_t deadline_ns)
 
 const struct engine engine_threads = {
     .name = "threads",
-    .wakes = true,
+    .eventfds = true,
     .start = threads_start,
     .stop = threads_stop,
     .poll = threads_poll,
+    .wake = real_wake,
     .inline_rw = real_inline_rw,
     .try_inline = real_try_inline,
     .submit = threads_submit,

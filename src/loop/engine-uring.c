@@ -295,10 +295,11 @@ static void uring_cancel(struct io_op *op)
 
 const struct engine engine_io_uring = {
     .name = "io_uring",
-    .wakes = true,
+    .eventfds = true,
     .start = uring_start,
     .stop = uring_stop,
     .poll = uring_poll,
+    .wake = real_wake,
     .inline_rw = real_inline_rw,
     .try_inline = real_try_inline,
     .submit = uring_submit,

@@ -147,6 +147,7 @@ void fiber_init(struct fiber *f, void *stack, size_t stack_size, fiber_entry_fn 
 void fiber_init_thread(struct fiber *f)
 {
     memset(f, 0, sizeof(*f));
+    f->on_thread = true;
 #ifdef FIBER_ASAN
     pthread_attr_t attr;
 
@@ -163,11 +164,11 @@ void fiber_init_thread(struct fiber *f)
 void fiber_release(struct fiber *f)
 {
 #ifdef FIBER_ASAN
-    if (f->stack)
+    if (f->stack && !f->on_thread)
         __asan_unpoison_memory_region(f->stack, f->stack_size);
 #endif
 #ifdef FIBER_TSAN
-    if (f->tsan_fiber)
+    if (f->tsan_fiber && !f->on_thread)
         __tsan_destroy_fiber(f->tsan_fiber);
 #endif
     f->tsan_fiber = NULL;

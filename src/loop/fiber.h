@@ -9,6 +9,7 @@
 #ifndef CAIRN_LOOP_FIBER_H
 #define CAIRN_LOOP_FIBER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 typedef void fiber_entry_fn(void *arg);
@@ -19,6 +20,7 @@ struct fiber {
     size_t stack_size;
     void *asan_fake_stack;
     void *tsan_fiber;
+    bool on_thread; /* the thread's own stack: made by nobody here */
 };
 
 /* Prepares a fiber that calls entry(arg) on the first switch to it. entry must never return. */

@@ -12,6 +12,7 @@
 #include "loop/scope.h"
 
 struct worker_pool;
+struct loop_mailbox;
 
 /*
  * An engine: how a loop waits and does I/O. All calls are made on the loop's own thread. The real engines share what is in
@@ -19,8 +20,7 @@ struct worker_pool;
  */
 struct engine {
     const char *name;
-    bool
-        wakes; /* its poll() sleeps in the kernel and must be woken through the mailbox's eventfd */
+    bool eventfds; /* its loops sleep on their mailbox's eventfd */
 
     /* On the thread that will run the loop. */
     int (*start)(struct loop *loop, struct error **err);
@@ -28,6 +28,10 @@ struct engine {
 
     /* Submits everything, reaps completions; sleeps until there is one, a wake or the deadline. 0: never sleeps. */
     void (*poll)(struct loop *loop, uint64_t deadline_ns);
+    /* Ends the poll under way, or the next one, of the loop with this mailbox; from any thread. The loop may be gone. */
+    void (*wake)(struct loop_mailbox *box);
+    /* Puts loop->ready into the order in which this tick runs it. NULL: as they became ready. */
+    void (*order_ready)(struct loop *loop);
 
     /*
      * Reads or writes at once what need not wait for a disk (L2): the number of bytes, perhaps fewer than asked for, an
@@ -84,9 +88,10 @@ struct loop {
 
     /* Only touched on the loop's thread. */
     uint64_t now_ns;
-    uint64_t tick_ns;  /* when this tick began: the inline budget counts from here */
-    struct list ready; /* struct co */
-    struct list hooks; /* struct loop_hook */
+    uint64_t tick_ns;    /* when this tick began: the inline budget counts from here */
+    struct list ready;   /* struct co */
+    struct list all_cos; /* struct co, those in the pool too */
+    struct list hooks;   /* struct loop_hook */
     struct timer_heap timers;
     struct co *current;
     struct co *free_cos;
@@ -141,6 +146,11 @@ struct file {
 int loop_new(struct loop **ret, const struct engine *engine, const char *name, void *engine_state,
              struct error **err);
 void loop_free(struct loop *loop);
+/* For a simulated process that dies: forgets loop and coroutines, wherever they stand, with their stacks and pools. */
+void loop_abandon(struct loop *loop);
+/* As loop_run_main(), with any engine. */
+int loop_run_on(const struct engine *engine, const char *name, void *engine_state,
+                co_entry_fn *main_fn, void *arg, struct error **err);
 /* Runs until loop->stopping and nothing is ready. */
 void loop_run(struct loop *loop);
 /* One tick; sleeps if nothing is ready and the loop shall not stop. */
@@ -156,6 +166,7 @@ const struct engine *loop_engine_of(enum loop_engine engine);
 void co_make_ready(struct co *co);
 void co_run_ready(struct loop *loop);
 void co_pool_release(struct loop *loop);
+void co_abandon_all(struct loop *loop);
 struct fiber *co_current_fiber(struct loop *loop);
 
 /* The operations' and buffers' pools (op.c, iobuf.c). */
@@ -174,6 +185,7 @@ struct co {
     struct co_scope *scope;
     struct list scope_link;
     struct list ready_link;
+    struct list all_link;
     struct co_wait *wait; /* what it is suspended in */
     unsigned shield;
     bool ready;

@@ -3,8 +3,8 @@
  * The loop: ticks, messages, hooks, timers, threads.
  *
  * LOOP-1 Only the thread of a loop touches it; other threads touch its mailbox alone.
- * LOOP-2 A mailbox is a stack that senders push with CAS and the loop takes whole. The sender that finds it empty writes the
- *        eventfd, which stays readable until the loop has read it: a wake is never lost, and nobody asks whether the loop
+ * LOOP-2 A mailbox is a stack that senders push with CAS and the loop takes whole. The sender that finds it empty wakes the
+ *        engine (an eventfd, readable until the loop has read it): a wake is never lost, and nobody asks whether the loop
  *        sleeps.
  */
 #include "loop/loop.h"
@@ -115,6 +115,7 @@ int loop_new(struct loop **ret, const struct engine *engine, const char *name, v
     loop->engine_state = engine_state;
     (void)strncpy(loop->name, name, sizeof(loop->name) - 1);
     list_init(&loop->ready);
+    list_init(&loop->all_cos);
     list_init(&loop->hooks);
     r = index_take(&loop->index);
     if (r < 0) {
@@ -124,7 +125,7 @@ int loop_new(struct loop **ret, const struct engine *engine, const char *name, v
     loop->mailbox = &mailboxes[loop->index];
     fiber_init_thread(&loop->fiber);
     self = loop;
-    r = engine->wakes ? mailbox_open(loop, err) : 0;
+    r = engine->eventfds ? mailbox_open(loop, err) : 0;
     if (r == 0)
         r = engine->start(loop, err);
     if (r < 0) {
@@ -156,19 +157,29 @@ void loop_free(struct loop *loop)
     free(loop);
 }
 
+void loop_abandon(struct loop *loop)
+{
+    co_abandon_all(loop);
+    op_pool_release(loop);
+    iobuf_pool_release(loop);
+    loop->mailbox->newest = NULL;
+    atomic_and(&used_indexes, ~((uint64_t)1 << loop->index));
+    free(loop);
+}
+
 void loop_post(struct loop *to, struct loop_message *m)
 {
     struct loop_mailbox *box = to->mailbox;
-    bool wake = to->engine->wakes && to != self;
+    const struct engine *engine = to->engine;
+    bool other = to != self;
     struct loop_message *head = atomic_get(&box->newest);
-    const uint64_t one = 1;
 
     do {
         m->next = head;
     } while (!atomic_cas(&box->newest, &head, m));
     /* From here on the loop may be gone, its mailbox not. */
-    if (!head && wake)
-        (void)!write(box->wake_fd, &one, sizeof(one)); /* LOOP-2; it cannot overflow */
+    if (!head && other)
+        engine->wake(box); /* LOOP-2 */
 }
 
 /* Delivers in the order of sending. */
@@ -248,6 +259,8 @@ void loop_tick(struct loop *loop)
     uint64_t deadline = 0;
 
     loop->counters.ticks++;
+    if (unlikely(loop->engine->order_ready))
+        loop->engine->order_ready(loop);
     co_run_ready(loop);
     run_hooks(loop);
     if (!loop->stopping && list_empty(&loop->ready) && !atomic_get(&loop->mailbox->newest))
@@ -289,28 +302,45 @@ static void main_ended(struct co_scope *s)
     container_of(s, struct main_call, scope)->loop->stopping = true;
 }
 
-int loop_run_main(enum loop_engine engine, const char *name, co_entry_fn *main_fn, void *arg,
-                  struct error **err)
+static int run_main_on(struct loop *loop, co_entry_fn *main_fn, void *arg, struct error **err)
 {
-    struct main_call call;
+    struct main_call call = {.loop = loop};
     int r;
 
-    assert(engine != LOOP_ENGINE_SIM);
-    r = loop_new(&call.loop, loop_engine_of(engine), name, NULL, err);
-    if (r < 0 && engine == LOOP_ENGINE_AUTO) {
-        error_free(err);
-        r = loop_new(&call.loop, &engine_threads, name, NULL, err);
-    }
-    if (r < 0)
-        return r;
     co_scope_init(&call.scope);
     call.scope.on_empty = main_ended;
     r = co_scope_start(&call.scope, main_fn, arg);
-    if (r < 0)
-        call.loop->stopping = true;
-    loop_run(call.loop);
-    loop_free(call.loop);
-    return r < 0 ? error_set(err, -r, "loop '%s': no memory for a coroutine", name) : 0;
+    if (r < 0) {
+        loop->stopping = true;
+        error_set(err, -r, "loop '%s': no memory for a coroutine", loop->name);
+    }
+    loop_run(loop);
+    loop_free(loop);
+    return r;
+}
+
+int loop_run_on(const struct engine *engine, const char *name, void *engine_state,
+                co_entry_fn *main_fn, void *arg, struct error **err)
+{
+    struct loop *loop;
+    int r = loop_new(&loop, engine, name, engine_state, err);
+
+    return r < 0 ? r : run_main_on(loop, main_fn, arg, err);
+}
+
+int loop_run_main(enum loop_engine engine, const char *name, co_entry_fn *main_fn, void *arg,
+                  struct error **err)
+{
+    struct loop *loop;
+    int r;
+
+    assert(engine != LOOP_ENGINE_SIM);
+    r = loop_new(&loop, loop_engine_of(engine), name, NULL, err);
+    if (r < 0 && engine == LOOP_ENGINE_AUTO) {
+        error_free(err);
+        r = loop_new(&loop, &engine_threads, name, NULL, err);
+    }
+    return r < 0 ? r : run_main_on(loop, main_fn, arg, err);
 }
 
 void loop_thread_main(struct loop_thread *t)

@@ -52,6 +52,13 @@ void real_random(struct loop *loop, void *ret_bytes, size_t len)
     }
 }
 
+void real_wake(struct loop_mailbox *box)
+{
+    const uint64_t one = 1;
+
+    (void)!write(box->wake_fd, &one, sizeof(one)); /* LOOP-2; it cannot overflow */
+}
+
 /* A thread that is starting: the starter waits until the loop stands or has failed. */
 struct real_thread {
     pthread_t thread;

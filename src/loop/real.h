@@ -9,6 +9,8 @@ uint64_t real_clock(struct loop *loop);
 uint64_t real_wall_clock(struct loop *loop);
 void real_random(struct loop *loop, void *ret_bytes, size_t len);
 
+void real_wake(struct loop_mailbox *box);
+
 int real_thread_start(struct loop_thread *t, struct error **err);
 void real_thread_report(struct loop_thread *t);
 void real_thread_join(struct loop_thread *t);
