@@ -9,7 +9,7 @@ A finding is one line, `file:line: what is wrong`; the exit status is 1 if there
   order      a folder includes headers of itself and of the folders that tools/layers lets it see
   drivers    a driver (a sub-folder of protocols, formats, filters or exports) never includes another
              driver's header
-  internal   a header named *-internal.h is included only within its own folder
+  internal   a header named *-internal.h is included only within its own folder and what is below that
   written    an include of ours is written from src/ ("base/list.h") and names a file that exists, or one
              that the build makes (no slash in it: "delay-options.h", "config.h")
 """
@@ -57,7 +57,7 @@ def check_include(src, sees, path, quote, target):
         return f'"{target}": no such file in src/'
     if driver_of(path) and driver_of(target) and driver_of(target) != driver_of(path):
         return f'"{target}": {driver_of(path)} must not know another driver, {driver_of(target)}'
-    if target.endswith("-internal.h") and os.path.dirname(target) != os.path.dirname(path):
+    if target.endswith("-internal.h") and not path.startswith(os.path.dirname(target) + "/"):
         return f'"{target}": internal to {os.path.dirname(target)}'
     return None
 

@@ -20,6 +20,8 @@ CLEAN = {
     "base/list.h": "",
     "base/list.c": '#include "base/list.h"\n#include <stddef.h>\n',
     "loop/loop.h": '#include "base/list.h"\n',
+    "loop/loop-internal.h": "",
+    "loop/sim/sim.c": '#include "loop/loop-internal.h"\n',
     "graph/node.h": "",
     "graph/node-internal.h": "",
     "graph/node.c": '#include "graph/node.h"\n#include "graph/node-internal.h"\n',
@@ -73,6 +75,7 @@ class CheckLayers(unittest.TestCase):
 
     def test_internal_header(self):
         self.refused("protocols/file/bad.c", '#include "graph/node-internal.h"\n', 1, "internal to graph")
+        self.refused("graph/bad.c", '#include "loop/loop-internal.h"\n', 1, "internal to loop")
 
     def test_client_header_below(self):
         self.refused("graph/bad.c", "#include <cairn/cairn.h>\n", 1, "client library")
