@@ -16,7 +16,8 @@ void *xalloc(size_t count, size_t size) __attribute__((malloc, alloc_size(1, 2),
 void *try_alloc(size_t count, size_t size) __attribute__((malloc, alloc_size(1, 2)));
 char *xstrdup(const char *s) __attribute__((malloc, returns_nonnull));
 char *xasprintf(const char *fmt, ...) PRINTF_LIKE(1, 2) __attribute__((malloc, returns_nonnull));
-char *xvasprintf(const char *fmt, va_list args) __attribute__((malloc, returns_nonnull));
+char *xvasprintf(const char *fmt, va_list args) PRINTF_LIKE(1, 0)
+    __attribute__((malloc, returns_nonnull));
 
 #define xnew(type)         ((type *)xalloc(1, sizeof(type)))
 #define xnew_n(type, n)    ((type *)xalloc((n), sizeof(type)))

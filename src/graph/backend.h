@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A backend is one client's handle on the graph: requests enter through it, past its gate. It holds an edge with the access
+ * that its owner needs, and keeps statistics.
+ */
+#ifndef CAIRN_GRAPH_BACKEND_H
+#define CAIRN_GRAPH_BACKEND_H
+
+#include "base/context.h"
+#include "base/error.h"
+#include "graph/access.h"
+#include "graph/gate.h"
+#include "graph/graph.h"
+#include "graph/request.h"
+#include "graph/stats.h"
+
+struct backend;
+
+/* The most that one request may carry (G6). */
+#define BACKEND_MAX_DATA  ((uint64_t)32 << 20) /* read, write */
+#define BACKEND_MAX_RANGE ((uint64_t)1 << 30)  /* write-zeroes, discard: longer ones are issued in such steps */
+
+/*
+ * `owner` is how messages name it ("export 'e0'"), copied. -EPERM if the access conflicts with other users' or the node is
+ * read-only.
+ */
+int co_fn control_fn backend_co_new(struct backend **ret, struct graph *graph, const char *node_name,
+                                    struct access access, const char *owner, struct error **err);
+/* Waits for its requests, then lets go of the node. Nobody sends any more. Returns NULL. */
+struct backend *co_fn control_fn backend_co_free(struct backend *b);
+
+/* On each loop that will send requests, once before the first. -ENOMEM. */
+int backend_attach(struct backend *b);
+
+/*
+ * Sends a request and waits for it; the pass is made here. On an attached loop. Reads and writes are at most BACKEND_MAX_DATA.
+ * 0 or a negative errno, see edge_co_request(); -EINVAL for a longer one.
+ */
+int co_fn backend_co_request(struct backend *b, struct request *req);
+
+/* Counts a request that its client's checks refused. */
+void backend_count_invalid(struct backend *b, enum request_kind kind);
+
+uint64_t backend_size(const struct backend *b);
+/* The unit of offsets and lengths that costs no read-modify-write; bytes. */
+unsigned backend_alignment(const struct backend *b);
+bool backend_read_only(const struct backend *b);
+/* Whether write-zeroes never falls back to writing data, so that "fast only" can be promised. */
+bool backend_zeroes_fast(const struct backend *b);
+const char *backend_owner(const struct backend *b);
+struct node *backend_node(const struct backend *b);
+
+/* For queries. */
+void backend_stats(const struct backend *b, struct stats *ret);
+void backend_gate_picture(const struct backend *b, struct gate_picture *ret);
+bool backend_is_closed(const struct backend *b);
+typedef void graph_backend_fn(const struct backend *b, void *arg);
+void graph_for_each_backend(struct graph *g, graph_backend_fn *fn, void *arg);
+
+#endif

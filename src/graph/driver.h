@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What a driver is: for authors of drivers. The core opens children, parses options, allocates the state, checks ranges and
+ * alignment, and counts requests; a driver holds no such code. Drivers have no globals: two nodes never share state.
+ *
+ * An operation that is not set means pass-through to the first child for filters and "not supported" for the others, but for
+ * these: no co_flush: nothing to flush; no co_extents: everything is data. Requests come from any loop, many at a time: state that they change is protected by co-locks.
+ */
+#ifndef CAIRN_GRAPH_DRIVER_H
+#define CAIRN_GRAPH_DRIVER_H
+
+#include "base/context.h"
+#include "base/error.h"
+#include "base/schema.h"
+#include "graph/access.h"
+#include "graph/node.h"
+#include "graph/request.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum driver_kind { DRIVER_PROTOCOL, DRIVER_FORMAT, DRIVER_FILTER };
+
+struct driver {
+    const char *name;
+    enum driver_kind kind;
+    size_t state_size;
+    const struct schema_type *options; /* generated; what open() gets */
+    bool fua;         /* writes honour REQUEST_FUA; otherwise the core flushes after them */
+    bool zeroes_fast; /* write-zeroes never falls back to writing data */
+
+    /*
+     * Children are attached, with access none; sets the node's geometry by node_set_size() and node_set_alignment().
+     * co_close is called if and only if co_open succeeded, when no request is left.
+     */
+    int co_fn control_fn (*co_open)(struct node *node, const void *options, struct error **err);
+    void co_fn control_fn (*co_close)(struct node *node);
+
+    int co_fn (*co_read)(struct node *node, struct request *req);
+    int co_fn (*co_write)(struct node *node, struct request *req);
+    int co_fn (*co_write_zeroes)(struct node *node, struct request *req);
+    int co_fn (*co_discard)(struct node *node, struct request *req);
+    int co_fn (*co_flush)(struct node *node, struct request *req);
+    /* Adds extents for a part of the range at least, from its start. */
+    int co_fn (*co_extents)(struct node *node, struct request *req);
+    /* Behind closed gates: nothing else is in flight. */
+    int co_fn (*co_resize)(struct node *node, struct request *req);
+
+    /*
+     * For drivers that guard the access against other programs: what all users of the node together want and tolerate. Called
+     * before it is granted, and again with the old values when that fails elsewhere.
+     */
+    int co_fn control_fn (*co_set_access)(struct node *node, struct access access,
+                                          struct error **err);
+
+    /* What queries show; all may be NULL. The text belongs to the node. */
+    const char *(*filename)(const struct node *node);
+    uint64_t (*allocated_bytes)(const struct node *node);
+};
+
+#endif

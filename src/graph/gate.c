@@ -1,0 +1,327 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The gate; its design is in the header. */
+#include "graph/gate.h"
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "base/macros.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+/* A loop that does not answer for this long is named. */
+#define SILENT_NS (100 * NS_PER_MS)
+
+struct gate_waiter {
+    struct list link;
+    struct co_wait wait;
+    struct gate_slot *slot;
+    struct pass *pass;
+};
+
+void gate_init(struct gate *gate)
+{
+    *gate = (struct gate){.control = loop_self()};
+}
+
+/* For queries: nothing depends on when others see it. */
+static void show(struct gate_slot *slot)
+{
+    const struct pass *oldest = list_first(&slot->inside, struct pass, link);
+
+    atomic_set_relaxed(&slot->shown_count, slot->count);
+    atomic_set_relaxed(&slot->shown_queued, slot->queued);
+    atomic_set_relaxed(&slot->shown_oldest_ns, oldest ? oldest->arrived_ns : 0);
+}
+
+static void count_in(struct gate_slot *slot, struct pass *pass)
+{
+    pass->slot = slot;
+    slot->count++;
+    list_append(&slot->inside, &pass->link);
+    show(slot);
+}
+
+static void drained_arrived(struct loop_message *m);
+
+/* GATE-2: once per generation, when the message is at hand. */
+static void report_if_drained(struct gate_slot *slot)
+{
+    if (!slot->closed || slot->count || !slot->drained_home ||
+        slot->drained_generation == slot->seen)
+        return;
+    slot->drained_home = false;
+    slot->drained_generation = slot->seen;
+    slot->drained.fn = drained_arrived;
+    loop_post(slot->gate->control, &slot->drained);
+}
+
+static void drained_returned(struct loop_message *m)
+{
+    struct gate_slot *slot = container_of(m, struct gate_slot, drained);
+
+    slot->drained_home = true;
+    report_if_drained(slot);
+}
+
+static void request_returned(struct loop_message *m);
+
+/* On the slot's loop: does what is wanted now. */
+static void obey(struct gate_slot *slot)
+{
+    uint64_t wanted = atomic_get(&slot->gate->wanted);
+    struct gate_waiter *w;
+
+    if (wanted == slot->seen)
+        return;
+    slot->seen = wanted;
+    slot->closed = wanted & 1;
+    while (!slot->closed && (w = list_first(&slot->queue, struct gate_waiter, link))) {
+        list_remove(&w->link);
+        slot->queued--;
+        count_in(slot, w->pass); /* GATE-3 */
+        co_wait_end(&w->wait, 0);
+    }
+    show(slot);
+    report_if_drained(slot);
+}
+
+static void request_arrived(struct loop_message *m)
+{
+    struct gate_slot *slot = container_of(m, struct gate_slot, request);
+
+    obey(slot);
+    slot->answered = slot->seen;
+    m->fn = request_returned;
+    loop_post(slot->gate->control, m);
+}
+
+/* On the control thread: sends what is wanted, unless the message is out; then it is sent when it comes back. */
+static void send_request(struct gate_slot *slot)
+{
+    if (!slot->request_home)
+        return;
+    slot->request_home = false;
+    slot->request.fn = request_arrived;
+    loop_post(slot->loop, &slot->request);
+}
+
+static void request_returned(struct loop_message *m)
+{
+    struct gate_slot *slot = container_of(m, struct gate_slot, request);
+    struct gate *gate = slot->gate;
+
+    slot->request_home = true;
+    if (slot->answered != atomic_get(&gate->wanted))
+        send_request(slot);
+    else if (gate->home_wait && !gate->home_wait->ended)
+        co_wait_end(gate->home_wait, 0);
+}
+
+static void drained_arrived(struct loop_message *m)
+{
+    struct gate_slot *slot = container_of(m, struct gate_slot, drained);
+    struct gate *gate = slot->gate;
+
+    slot->drained_seen = slot->drained_generation;
+    m->fn = drained_returned;
+    loop_post(slot->loop, m);
+    if (gate->drain_wait && !gate->drain_wait->ended)
+        co_wait_end(gate->drain_wait, 0);
+}
+
+int gate_attach(struct gate *gate, struct gate_slot **ret)
+{
+    struct loop *loop = loop_self();
+    struct gate_slot *slot = atomic_get(&gate->slots[loop_index(loop)]);
+
+    if (!slot) {
+        slot = try_new(struct gate_slot);
+        if (!slot)
+            return -ENOMEM;
+        slot->gate = gate;
+        slot->loop = loop;
+        list_init(&slot->inside);
+        list_init(&slot->queue);
+        slot->request_home = true;
+        slot->drained_home = true;
+        /*
+         * Published first, read second; gate_close() writes first and looks for slots second: one of the two sees the
+         * other (GATE-4).
+         */
+        atomic_set(&gate->slots[loop_index(loop)], slot);
+        obey(slot);
+    }
+    *ret = slot;
+    return 0;
+}
+
+static bool waiter_cancel(struct co_wait *wait)
+{
+    struct gate_waiter *w = container_of(wait, struct gate_waiter, wait);
+
+    list_remove(&w->link);
+    w->slot->queued--;
+    show(w->slot);
+    return true;
+}
+
+static int co_fn wait_for_opening(struct gate_slot *slot, struct pass *pass)
+{
+    struct gate_waiter w = {.slot = slot, .pass = pass};
+
+    co_wait_init(&w.wait, waiter_cancel);
+    list_append(&slot->queue, &w.link);
+    slot->queued++;
+    show(slot);
+    return co_wait(&w.wait, LOOP_FOREVER);
+}
+
+int gate_enter(struct gate_slot *slot, struct pass *pass)
+{
+    pass->arrived_ns = loop_now();
+    if (unlikely(slot->closed))
+        return wait_for_opening(slot, pass);
+    count_in(slot, pass);
+    return 0;
+}
+
+void gate_leave(struct gate_slot *slot, struct pass *pass)
+{
+    assert(slot == pass->slot && slot->count); /* GATE-1 */
+    list_remove(&pass->link);
+    slot->count--;
+    show(slot);
+    if (unlikely(slot->closed))
+        report_if_drained(slot);
+}
+
+bool gate_is_closed(const struct gate *gate)
+{
+    return atomic_get(&gate->wanted) & 1;
+}
+
+static void want(struct gate *gate, bool closed)
+{
+    uint64_t wanted = atomic_get(&gate->wanted);
+
+    assert((wanted & 1) != closed);
+    atomic_set(&gate->wanted, (((wanted >> 1) + 1) << 1) | closed);
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        struct gate_slot *slot = atomic_get(&gate->slots[i]);
+
+        if (slot)
+            send_request(slot);
+    }
+}
+
+void gate_close(struct gate *gate)
+{
+    want(gate, true);
+}
+
+void gate_open(struct gate *gate)
+{
+    want(gate, false);
+}
+
+/* The first slot that is not drained; NULL if all are. */
+static struct gate_slot *undrained_slot(struct gate *gate)
+{
+    uint64_t wanted = atomic_get(&gate->wanted);
+
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        struct gate_slot *slot = atomic_get(&gate->slots[i]);
+
+        if (slot && slot->drained_seen != wanted)
+            return slot;
+    }
+    return NULL;
+}
+
+static int drain_failed(const struct gate_slot *slot, const char *owner, uint64_t began_ns,
+                        struct error **err)
+{
+    uint64_t now = loop_clock();
+    uint64_t oldest = atomic_get_relaxed(&slot->shown_oldest_ns); /* for the message only */
+
+    if (slot->answered != atomic_get(&slot->gate->wanted) && now - began_ns >= SILENT_NS)
+        return error_set(err, ETIMEDOUT, "%s: thread '%s' has not answered for %" PRIu64 " ms",
+                         owner, loop_name(slot->loop), (now - began_ns) / NS_PER_MS);
+    return error_set(err, ETIMEDOUT,
+                     "%s: %u requests are still in flight, the oldest for %" PRIu64 " ms", owner,
+                     atomic_get_relaxed(&slot->shown_count), /* for the message only */
+                     oldest && oldest < now ? (now - oldest) / NS_PER_MS : 0);
+}
+
+static bool wait_cancel(struct co_wait *w)
+{
+    (void)w;
+    return true;
+}
+
+int gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns, struct error **err)
+{
+    uint64_t began_ns = loop_clock();
+    struct gate_slot *slot;
+
+    assert(gate_is_closed(gate));
+    while ((slot = undrained_slot(gate))) {
+        struct co_wait w;
+        int r;
+
+        co_wait_init(&w, wait_cancel);
+        gate->drain_wait = &w;
+        r = co_wait(&w, deadline_ns);
+        gate->drain_wait = NULL;
+        if (r == -ETIMEDOUT && (slot = undrained_slot(gate)))
+            return drain_failed(slot, owner, began_ns, err);
+        if (r < 0 && r != -ETIMEDOUT)
+            return error_set(err, -r, "%s: waiting for its requests was cancelled", owner);
+    }
+    return 0;
+}
+
+void gate_co_release(struct gate *gate)
+{
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        struct gate_slot *slot = atomic_get(&gate->slots[i]);
+
+        if (!slot)
+            continue;
+        /*
+         * One more round: messages arrive in order, so that when it is back the loop has also had the `drained` message
+         * that went home before.
+         */
+        send_request(slot);
+        while (!slot->request_home) {
+            struct co_wait w;
+
+            co_wait_init(&w, NULL);
+            gate->home_wait = &w;
+            (void)co_wait(&w, LOOP_FOREVER); /* cannot fail: neither deadline nor cancel */
+            gate->home_wait = NULL;
+        }
+        assert(!slot->count && !slot->queued);
+    }
+    for (unsigned i = 0; i < LOOP_MAX; i++)
+        free(gate->slots[i]);
+}
+
+void gate_picture(const struct gate *gate, struct gate_picture *ret)
+{
+    *ret = (struct gate_picture){0};
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        const struct gate_slot *slot = atomic_get(&gate->slots[i]);
+        uint64_t oldest;
+
+        if (!slot)
+            continue;
+        ret->inside += atomic_get_relaxed(&slot->shown_count); /* a picture, see the header */
+        ret->queued += atomic_get_relaxed(&slot->shown_queued);
+        oldest = atomic_get_relaxed(&slot->shown_oldest_ns);
+        if (oldest && (!ret->oldest_ns || oldest < ret->oldest_ns))
+            ret->oldest_ns = oldest;
+    }
+}

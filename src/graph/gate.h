@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The gate: where requests enter the graph, and where a change of the graph keeps them out for a moment.
+ *
+ * GATE-1 Each loop has a slot of its own: a count of requests inside and a closed flag that only this loop touches (G10).
+ *        A request is counted off on the loop where it was counted in.
+ * GATE-2 The control thread says what it wants of a slot (open or closed, with a generation that grows) and sends the slot's
+ *        `request` message; the loop reads what is wanted and sends the message back at once, so that a silent loop is
+ *        noticed. When a closed slot's count is zero, the loop sends its `drained` message with the generation.
+ * GATE-3 While a slot is closed, requests queue, FIFO. Opening counts them in, in their order, before it wakes them.
+ * GATE-4 A slot that is made while its gate is closed is born closed (G4).
+ */
+#ifndef CAIRN_GRAPH_GATE_H
+#define CAIRN_GRAPH_GATE_H
+
+#include "base/context.h"
+#include "base/error.h"
+#include "base/list.h"
+#include "graph/request.h"
+#include "loop/co.h"
+#include "loop/loop.h"
+
+struct gate;
+
+/* A request's pass (G1): it is inside from gate_enter() to gate_leave(). On the stack of the root request's coroutine. */
+struct pass {
+    struct gate_slot *slot;
+    struct list link; /* in slot->inside, oldest first */
+    uint64_t arrived_ns;
+    enum request_kind kind;
+    uint64_t offset;
+    uint64_t len;
+};
+
+/* What one loop knows of a gate. */
+struct gate_slot {
+    /* Constant. */
+    struct gate *gate;
+    struct loop *loop;
+
+    /* Only touched on the slot's loop. */
+    struct list inside; /* struct pass */
+    struct list queue;  /* struct gate_waiter */
+    unsigned count;
+    unsigned queued;
+    bool closed;
+    uint64_t seen; /* the last `wanted` */
+    bool drained_home;
+
+    /* Written on the slot's loop, read by queries on any: relaxed, since a query is a picture of some recent moment. */
+    unsigned shown_count;
+    unsigned shown_queued;
+    uint64_t shown_oldest_ns; /* when the oldest inside arrived; 0: none */
+
+    /* Only touched on the control thread. */
+    bool request_home;
+    uint64_t drained_seen; /* the generation that was last drained */
+
+    uint64_t answered; /* written by the loop before it sends `request` back */
+    uint64_t drained_generation; /* as answered, for `drained` */
+    struct loop_message request;
+    struct loop_message drained;
+};
+
+struct gate {
+    uint64_t wanted; /* atomic: generation * 2 + closed; written on the control thread */
+    struct gate_slot *slots[LOOP_MAX]; /* atomic; each is set once by its own loop */
+    struct loop *control;
+
+    /* Only touched on the control thread. */
+    struct co_wait *drain_wait;
+    struct co_wait *home_wait;
+};
+
+/* On the control thread; the gate is open. */
+void gate_init(struct gate *gate);
+/* Frees the slots. The gate is closed and drained, and no loop uses it any more. Yields until all messages are home. */
+void co_fn control_fn gate_co_release(struct gate *gate);
+
+/* The running loop's slot, made at the first call. -ENOMEM. Not for the data path: a user attaches before it sends requests. */
+int gate_attach(struct gate *gate, struct gate_slot **ret);
+
+/* The running loop's slot; it must be attached. */
+static inline struct gate_slot *gate_slot_here(struct gate *gate)
+{
+    return gate->slots[loop_index(loop_self())];
+}
+
+/* Waits at a closed gate; -ECANCELED if the scope is cancelled there. A root request only (G1). */
+int co_fn gate_enter(struct gate_slot *slot, struct pass *pass);
+void gate_leave(struct gate_slot *slot, struct pass *pass);
+
+/* Closes for roots, at once as far as this thread is concerned. Not nested. */
+void control_fn gate_close(struct gate *gate);
+/*
+ * Waits until nobody is inside. -ETIMEDOUT with the age of the oldest request, or the loop that did not answer for 100 ms;
+ * the gate stays closed.
+ */
+int co_fn control_fn gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns,
+                                     struct error **err);
+void control_fn gate_open(struct gate *gate);
+bool gate_is_closed(const struct gate *gate);
+
+/* A picture for queries: sums over all loops. */
+struct gate_picture {
+    unsigned inside;
+    unsigned queued;
+    uint64_t oldest_ns; /* when it arrived; 0: nobody is inside */
+};
+void gate_picture(const struct gate *gate, struct gate_picture *ret);
+
+#endif

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The graph's own fields, for src/graph alone. */
+#ifndef CAIRN_GRAPH_GRAPH_INTERNAL_H
+#define CAIRN_GRAPH_GRAPH_INTERNAL_H
+
+#include "base/list.h"
+#include "graph/change.h"
+#include "graph/graph.h"
+#include "graph/node-internal.h"
+
+#define GRAPH_NAME_BUCKETS 1024
+
+struct graph {
+    const struct driver *const *const *drivers;
+    struct list nodes;    /* struct node, oldest first */
+    struct list backends; /* struct backend */
+    struct list changes;  /* struct change */
+    struct node *names[GRAPH_NAME_BUCKETS];
+    unsigned next_auto_name;
+    uint64_t change_deadline_ns;
+};
+
+/* Drops a reference; the last one closes the node and lets go of its children. The node is reserved. */
+void co_fn control_fn node_co_unref(struct node *node);
+
+/* What a node must ask of a child so that its own users get what they want. */
+struct access access_below(const struct node *parent);
+
+void graph_name_insert(struct graph *g, struct node *node);
+void graph_name_remove(struct graph *g, struct node *node);
+
+#endif

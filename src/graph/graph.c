@@ -1,0 +1,371 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The graph: names, adding nodes with their inline children, removing them.
+ *
+ * GRAPH-1 A node is in the namespace from before it is opened until after it is closed, reserved by the change that does it:
+ *         nobody else finds it half-made.
+ * GRAPH-2 A node is counted by its parents' edges and by the monitor; with the last reference it is closed, and lets go of
+ *         its children.
+ */
+#include "graph/graph.h"
+#include "base/alloc.h"
+#include "base/macros.h"
+#include "graph/change.h"
+#include "graph/graph-internal.h"
+#include "schema-types.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct graph *graph_new(const struct driver *const *const *drivers)
+{
+    struct graph *g = xnew(struct graph);
+
+    g->drivers = drivers;
+    list_init(&g->nodes);
+    list_init(&g->backends);
+    list_init(&g->changes);
+    g->change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS;
+    return g;
+}
+
+/* FNV-1a. */
+static unsigned name_bucket(const char *name)
+{
+    uint32_t h = 2166136261u;
+
+    for (; *name; name++)
+        h = (h ^ (uint8_t)*name) * 16777619u;
+    return h % GRAPH_NAME_BUCKETS;
+}
+
+void graph_name_insert(struct graph *g, struct node *node)
+{
+    struct node **bucket = &g->names[name_bucket(node->name)];
+
+    node->name_next = *bucket;
+    *bucket = node;
+}
+
+void graph_name_remove(struct graph *g, struct node *node)
+{
+    struct node **at = &g->names[name_bucket(node->name)];
+
+    while (*at != node)
+        at = &(*at)->name_next;
+    *at = node->name_next;
+}
+
+struct node *graph_find(struct graph *g, const char *name)
+{
+    struct node *node = g->names[name_bucket(name)];
+
+    while (node && strcmp(node->name, name) != 0)
+        node = node->name_next;
+    return node;
+}
+
+int graph_need(struct graph *g, const char *name, struct node **ret, struct error **err)
+{
+    *ret = graph_find(g, name);
+    if (!*ret)
+        return error_set(err, ENOENT, "there is no node '%s'", name);
+    return 0;
+}
+
+void graph_for_each_node(struct graph *g, graph_node_fn *fn, void *arg)
+{
+    for (struct list *l = g->nodes.prev; l != &g->nodes; l = l->prev)
+        fn(list_entry(l, struct node, link), arg);
+}
+
+static const struct driver *find_driver(const struct graph *g, const char *name)
+{
+    for (size_t i = 0; g->drivers[i]; i++) {
+        for (size_t k = 0; g->drivers[i][k]; k++) {
+            if (strcmp(g->drivers[i][k]->name, name) == 0)
+                return g->drivers[i][k];
+        }
+    }
+    return NULL;
+}
+
+/* What is in force: the node's own words, else its parent's, else the default. */
+static struct node_settings settle(const struct node_options *o, const struct node_settings *parent)
+{
+    struct node_settings s = parent ? *parent : (struct node_settings){0};
+
+    if (o->has_read_only)
+        s.read_only = o->read_only;
+    if (o->has_auto_read_only)
+        s.auto_read_only = o->auto_read_only;
+    if (o->has_force_share)
+        s.force_share = o->force_share;
+    if (o->cache && o->cache->has_direct)
+        s.direct = o->cache->direct;
+    if (o->cache && o->cache->has_no_flush)
+        s.no_flush = o->cache->no_flush;
+    if (o->has_discard)
+        s.unmap = o->discard == DISCARD_MODE_UNMAP;
+    return s;
+}
+
+static void auto_name(struct graph *g, char *name)
+{
+    do {
+        (void)snprintf(name, NODE_NAME_MAX + 1, "#block%03u", g->next_auto_name++);
+    } while (graph_find(g, name));
+}
+
+static int node_new(struct graph *g, const struct node_options *o,
+                    const struct node_settings *parent, struct change *change, struct node **ret,
+                    struct error **err)
+{
+    const char *driver_name = node_driver_name(o->driver);
+    const struct driver *driver = find_driver(g, driver_name);
+    struct node *node;
+
+    if (!driver)
+        return error_set(err, ENOTSUP, "driver '%s' is not part of this program", driver_name);
+    if (o->node_name && graph_find(g, o->node_name))
+        return error_set(err, EEXIST, "there is a node '%s' already", o->node_name);
+    node = try_new(struct node);
+    if (node)
+        node->state = try_alloc(1, driver->state_size);
+    if (!node || !node->state) {
+        free(node);
+        return error_set(err, ENOMEM, "no memory for a node");
+    }
+    if (o->node_name)
+        (void)snprintf(node->name, sizeof(node->name), "%s", o->node_name);
+    else
+        auto_name(g, node->name);
+    node->graph = g;
+    node->driver = driver;
+    node->settings = settle(o, parent);
+    node->align = 1;
+    node->memory_align = 1;
+    node->access = ACCESS_NONE;
+    node->refs = 1;
+    node->reserved_by = change; /* GRAPH-1 */
+    overlap_init(&node->overlap);
+    list_init(&node->children);
+    list_init(&node->parents);
+    list_append(&g->nodes, &node->link);
+    graph_name_insert(g, node);
+    *ret = node;
+    return 0;
+}
+
+/* The last reference closes the node, then its children's turn comes (GRAPH-2). */
+void node_co_unref(struct node *node)
+{
+    struct edge *e;
+
+    if (--node->refs)
+        return;
+    if (node->opened)
+        node->driver->co_close(node);
+    while ((e = list_first(&node->children, struct edge, parent_link))) {
+        AUTO(error_free) struct error *ignored = NULL;
+
+        (void)access_change(e, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
+        node_co_unref(edge_free(e));
+    }
+    assert(list_empty(&node->parents));
+    graph_name_remove(node->graph, node);
+    list_remove(&node->link);
+    free(node->state);
+    free(node);
+}
+
+static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
+                                         const struct node_settings *parent, struct change *change,
+                                         struct node **ret, struct error **err);
+
+/* Finds or opens the child that a member of the driver's options names. */
+static int co_fn control_fn open_child(struct node *node, const struct schema_member *m,
+                                       const struct node_ref *ref, struct error **err)
+{
+    struct change *change = node->reserved_by;
+    struct node *child = NULL;
+    int r = 0;
+
+    switch (ref->kind) {
+    case NODE_REF_NAME:
+        r = graph_need(node->graph, ref->name, &child, err);
+        if (r == 0)
+            child->refs++;
+        break;
+    case NODE_REF_DEFINITION:
+        r = node_co_open(node->graph, ref->definition, &node->settings, change, &child, err);
+        break;
+    }
+    if (!child)
+        return error_wrap(err, r, "node '%s': child '%s'", node->name, m->name);
+    (void)edge_new(node, NULL, child, m->name);
+    return 0;
+}
+
+static int co_fn control_fn open_children(struct node *node, const void *options,
+                                          struct error **err)
+{
+    const struct schema_type *type = node->driver->options;
+
+    for (size_t i = 0; i < type->count; i++) {
+        const struct schema_member *m = &type->members[i];
+        const struct node_ref *ref;
+        int r;
+
+        if (m->type != &node_ref_type)
+            continue;
+        ref = schema_member_value(m, options);
+        r = ref ? open_child(node, m, ref, err) : 0;
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+/* From here on the children hold what an unused node of this kind holds of them. */
+static int co_fn control_fn settle_access(struct node *node, struct error **err)
+{
+    struct edge *e;
+
+    list_for_each(&node->children, e, parent_link)
+    {
+        int r = access_change(e, access_below(node), err);
+
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
+                                         const struct node_settings *parent, struct change *change,
+                                         struct node **ret, struct error **err)
+{
+    const struct schema_variant *variant = &node_options_type.variants[o->driver];
+    const void *options = (const char *)o + variant->offset;
+    struct node *node;
+    int r = node_new(g, o, parent, change, &node, err);
+
+    if (r < 0)
+        return r;
+    if (node->settings.force_share && !node->settings.read_only)
+        r = error_set(err, EINVAL, "node '%s': force-share needs read-only", node->name);
+    if (r == 0)
+        r = open_children(node, options, err);
+    if (r == 0) {
+        r = node->driver->co_open(node, options, err);
+        node->opened = r == 0;
+    }
+    if (r == 0)
+        r = settle_access(node, err);
+    if (r < 0) {
+        node_co_unref(node);
+        return r;
+    }
+    *ret = node;
+    return 0;
+}
+
+/* The existing nodes that a definition refers to, at any depth. */
+static int add_roots(struct change *change, const struct node_options *o, struct error **err)
+{
+    const struct schema_variant *variant = &node_options_type.variants[o->driver];
+    const void *options = (const char *)o + variant->offset;
+    const struct schema_type *type = variant->type;
+
+    for (size_t i = 0; type && i < type->count; i++) {
+        const struct schema_member *m = &type->members[i];
+        const struct node_ref *ref;
+        int r = 0;
+
+        if (m->type != &node_ref_type || !(ref = schema_member_value(m, options)))
+            continue;
+        switch (ref->kind) {
+        case NODE_REF_NAME:
+            r = change_add_root(change, ref->name, err);
+            break;
+        case NODE_REF_DEFINITION:
+            r = add_roots(change, ref->definition, err);
+            break;
+        }
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+int graph_co_add(struct graph *g, const struct node_options *options, struct error **err)
+{
+    struct change change;
+    struct node *node = NULL;
+    int r;
+
+    if (!options->node_name)
+        return error_set(err, EINVAL, "a node needs a node-name");
+    change_init(&change, g, "blockdev-add '%s'", options->node_name);
+    r = add_roots(&change, options, err);
+    if (r == 0)
+        r = change_co_reserve(&change, err);
+    if (r == 0)
+        r = node_co_open(g, options, NULL, &change, &node, err);
+    if (node)
+        node->monitor_owned = true;
+    change_end(&change);
+    return r;
+}
+
+int graph_co_del(struct graph *g, const char *name, struct error **err)
+{
+    struct change change;
+    struct node *node = NULL;
+    struct edge *user = NULL;
+    int r;
+
+    change_init(&change, g, "blockdev-del '%s'", name);
+    r = change_add_root(&change, name, err);
+    if (r == 0)
+        r = change_co_reserve(&change, err);
+    if (r == 0)
+        r = graph_need(g, name, &node, err);
+    if (r == 0 && (user = list_first(&node->parents, struct edge, child_link)))
+        r = error_set(err, EBUSY, "node '%s' is in use by %s", name, edge_parent_text(user));
+    if (r == 0 && !node->monitor_owned)
+        r = error_set(err, EPERM, "node '%s' was not made by blockdev-add", name);
+    if (r == 0) {
+        node->monitor_owned = false;
+        node_co_unref(node);
+    }
+    change_end(&change);
+    return r;
+}
+
+struct graph *graph_co_free(struct graph *g)
+{
+    struct node *node;
+    bool progress = true;
+
+    assert(list_empty(&g->backends) && list_empty(&g->changes));
+    while (progress) {
+        progress = false;
+        list_for_each(&g->nodes, node, link)
+        {
+            if (node->monitor_owned && list_empty(&node->parents)) {
+                node->monitor_owned = false;
+                node_co_unref(node);
+                progress = true;
+                break;
+            }
+        }
+    }
+    assert(list_empty(&g->nodes));
+    free(g);
+    return NULL;
+}

@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Nodes and edges: what drivers and users read and set of them. */
+#include "graph/node.h"
+#include "base/alloc.h"
+#include "base/checked.h"
+#include "base/macros.h"
+#include "graph/backend.h"
+#include "graph/graph-internal.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *node_name(const struct node *node)
+{
+    return node->name;
+}
+
+const struct driver *node_driver(const struct node *node)
+{
+    return node->driver;
+}
+
+void *node_state(const struct node *node)
+{
+    return node->state;
+}
+
+const struct node_settings *node_settings(const struct node *node)
+{
+    return &node->settings;
+}
+
+uint64_t node_size(const struct node *node)
+{
+    return node->size;
+}
+
+unsigned node_alignment(const struct node *node)
+{
+    return node->align;
+}
+
+struct edge *node_child(const struct node *node, const char *name)
+{
+    struct edge *e;
+
+    list_for_each(&node->children, e, parent_link)
+    {
+        if (strcmp(e->name, name) == 0)
+            return e;
+    }
+    return NULL;
+}
+
+struct edge *node_file(const struct node *node)
+{
+    return node->file;
+}
+
+struct node *edge_node(const struct edge *edge)
+{
+    return edge->node;
+}
+
+const char *edge_name(const struct edge *edge)
+{
+    return edge->name;
+}
+
+void node_set_size(struct node *node, uint64_t size)
+{
+    assert(size <= (uint64_t)NODE_SIZE_MAX);
+    node->size = size;
+}
+
+void node_set_alignment(struct node *node, unsigned request, unsigned memory)
+{
+    assert(is_power_of_2(request) && is_power_of_2(memory));
+    node->align = request;
+    node->memory_align = memory;
+}
+
+void node_set_read_only(struct node *node)
+{
+    node->settings.read_only = true;
+}
+
+const char *node_reserved_by(const struct node *node)
+{
+    return node->reserved_by ? node->reserved_by->what : NULL;
+}
+
+void node_for_each_child(const struct node *node, graph_edge_fn *fn, void *arg)
+{
+    const struct edge *e;
+
+    list_for_each(&node->children, e, parent_link)
+        fn(node, e, e->access, arg);
+}
+
+struct edge *edge_new(struct node *parent, struct backend *backend, struct node *child,
+                      const char *name)
+{
+    struct edge *e = xnew(struct edge);
+
+    e->node = child;
+    e->parent = parent;
+    e->backend = backend;
+    e->name = xstrdup(name);
+    e->access = ACCESS_NONE;
+    list_init(&e->parent_link);
+    list_append(&child->parents, &e->child_link);
+    if (parent) {
+        list_append(&parent->children, &e->parent_link);
+        if (!parent->file)
+            parent->file = e;
+    }
+    return e;
+}
+
+struct node *edge_free(struct edge *edge)
+{
+    struct node *child = edge->node;
+    struct node *parent = edge->parent;
+
+    list_remove(&edge->child_link);
+    list_remove(&edge->parent_link);
+    if (parent && parent->file == edge)
+        parent->file = list_first(&parent->children, struct edge, parent_link);
+    free(edge->name);
+    free(edge);
+    return child;
+}
+
+const char *edge_parent_text(const struct edge *edge)
+{
+    static char text[NODE_NAME_MAX + 16]; /* control thread only; used up in one message... */
+    static char other[NODE_NAME_MAX + 16];
+    static bool second; /* ...which names two at most */
+    char *buf = second ? other : text;
+
+    if (edge->backend)
+        return backend_owner(edge->backend);
+    second = !second;
+    (void)snprintf(buf, sizeof(text), "node '%s'", edge->parent->name);
+    return buf;
+}

@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Nodes and edges as drivers and users of the graph see them. The graph is made and changed on the control thread only; what
+ * requests read of it is constant while a gate above is open.
+ */
+#ifndef CAIRN_GRAPH_NODE_H
+#define CAIRN_GRAPH_NODE_H
+
+#include "base/context.h"
+#include "base/error.h"
+#include "base/list.h"
+#include "graph/access.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct driver;
+struct edge;
+struct graph;
+struct node;
+struct node_options; /* generated: a node's definition */
+
+/* The largest disk: below 2^63 by a margin, so that ends of ranges never wrap. QEMU's limit. */
+#define NODE_SIZE_MAX (INT64_MAX - (INT64_MAX % ((int64_t)1 << 30)))
+
+/* A node name has at most this many bytes. */
+#define NODE_NAME_MAX 31
+
+/* The attributes that all drivers have in common, as they are in force. Set before open, then constant. */
+struct node_settings {
+    bool read_only;
+    bool auto_read_only;
+    bool force_share;
+    bool direct;
+    bool no_flush;
+    bool unmap; /* discards are passed on */
+};
+
+const char *node_name(const struct node *node);
+const struct driver *node_driver(const struct node *node);
+void *node_state(const struct node *node);
+const struct node_settings *node_settings(const struct node *node);
+uint64_t node_size(const struct node *node);
+/* The unit of offsets and lengths that its driver takes; bytes, a power of two. */
+unsigned node_alignment(const struct node *node);
+
+/* The edge to the child of this name, or the first one for "file". NULL if there is none. */
+struct edge *node_child(const struct node *node, const char *name);
+/* The first child: a filter's or format's `file`. */
+struct edge *node_file(const struct node *node);
+
+struct node *edge_node(const struct edge *edge);
+const char *edge_name(const struct edge *edge);
+
+/* For co_open and co_resize. */
+void node_set_size(struct node *node, uint64_t size);
+/* `memory`: of addresses. Both powers of two, bytes. */
+void node_set_alignment(struct node *node, unsigned request, unsigned memory);
+/* For co_open: opened for reading only after all. */
+void node_set_read_only(struct node *node);
+
+#endif

@@ -1,0 +1,268 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The way of a request through one edge: checks, then the driver, with what the driver cannot do by itself done around it.
+ *
+ * The common case (aligned, within range, an operation that the driver has) goes straight through edge_co_request(); all
+ * else is in functions of their own, request-unaligned.c among them.
+ */
+#include "graph/request.h"
+#include "base/checked.h"
+#include "base/macros.h"
+#include "graph/node-internal.h"
+#include "graph/request-internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+/* Zeroes that are written for drivers without write-zeroes: so many bytes at a time, from a buffer of this size. */
+#define ZERO_STEP   ((uint64_t)1 << 20)
+#define ZERO_BUFFER ((size_t)64 << 10)
+
+const char *request_kind_name(enum request_kind kind)
+{
+    static const char *const names[REQUEST_KINDS] = {"read",  "write",   "write-zeroes", "discard",
+                                                     "flush", "extents", "resize"};
+
+    return names[kind];
+}
+
+static bool memory_is_aligned(const struct node *node, const struct request *req)
+{
+    unsigned mask = node->memory_align - 1;
+
+    if (likely(!mask))
+        return true;
+    for (int i = 0; i < req->iov_count; i++) {
+        if (((uintptr_t)req->iov[i].iov_base | req->iov[i].iov_len) & mask)
+            return false;
+    }
+    return true;
+}
+
+bool request_is_aligned(const struct node *node, const struct request *req)
+{
+    return !((req->offset | req->len) & (node->align - 1)) && memory_is_aligned(node, req);
+}
+
+/* A filter without the operation hands the request on. */
+static int co_fn pass_through(struct node *node, struct request *req)
+{
+    if (node->driver->kind != DRIVER_FILTER)
+        return -EOPNOTSUPP;
+    return edge_co_request(node->file, req);
+}
+
+static int co_fn node_co_flush(struct node *node, struct request *req)
+{
+    if (node->settings.no_flush)
+        return 0;
+    if (node->driver->co_flush)
+        return node->driver->co_flush(node, req);
+    return node->driver->kind == DRIVER_FILTER ? edge_co_request(node->file, req) : 0;
+}
+
+/* For drivers without FUA: a flush after the write. */
+static int co_fn finish_fua(struct node *node, struct request *req)
+{
+    struct request flush = request_for(req, REQUEST_FLUSH, 0, 0);
+
+    if (!(req->flags & REQUEST_FUA) || node->driver->fua)
+        return 0;
+    return node_co_flush(node, &flush);
+}
+
+int node_co_read_aligned(struct node *node, struct request *req)
+{
+    return node->driver->co_read ? node->driver->co_read(node, req) : pass_through(node, req);
+}
+
+int node_co_write_aligned(struct node *node, struct request *req)
+{
+    int r = node->driver->co_write ? node->driver->co_write(node, req) : pass_through(node, req);
+
+    return unlikely(req->flags & REQUEST_FUA) && r == 0 ? finish_fua(node, req) : r;
+}
+
+static int co_fn node_co_write(struct node *node, struct request *req)
+{
+    struct overlap_range range;
+    int r;
+
+    if (node->align == 1 && memory_is_aligned(node, req))
+        return node_co_write_aligned(node, req); /* nobody ever reads, modifies and writes here */
+    if (!request_is_aligned(node, req))
+        return node_co_write_unaligned(node, req);
+    overlap_begin(&node->overlap, &range, req->offset, req->len, false);
+    r = node_co_write_aligned(node, req);
+    overlap_end(&node->overlap, &range);
+    return r;
+}
+
+/* Zeroes as data, aligned. */
+static int co_fn write_zero_data(struct node *node, const struct request *req)
+{
+    struct iobuf *zeroes = iobuf_new(ZERO_BUFFER);
+    struct iovec iov[ZERO_STEP / ZERO_BUFFER];
+    uint64_t end = req->offset + req->len;
+    uint64_t pos = req->offset;
+    int r = 0;
+
+    if (!zeroes)
+        return -ENOMEM;
+    memset(zeroes->data, 0, ZERO_BUFFER);
+    while (r == 0 && pos < end) {
+        uint64_t step = MIN(end - pos, ZERO_STEP);
+        struct request write = request_for(req, REQUEST_WRITE, pos, step);
+
+        write.iov = iov;
+        write.hold = zeroes;
+        write.flags = req->flags & (REQUEST_FUA | REQUEST_UNCHANGED);
+        for (uint64_t left = step; left; write.iov_count++) {
+            size_t piece = (size_t)MIN(left, (uint64_t)ZERO_BUFFER);
+
+            iov[write.iov_count] = (struct iovec){zeroes->data, piece};
+            left -= piece;
+        }
+        r = node_co_write_aligned(node, &write);
+        pos += step;
+    }
+    iobuf_unref(zeroes);
+    return r;
+}
+
+/* The aligned middle of a write-zeroes; `req` is the driver's to see as it is. */
+static int co_fn write_zeroes_aligned(struct node *node, struct request *req)
+{
+    int r;
+
+    if (node->driver->co_write_zeroes)
+        r = node->driver->co_write_zeroes(node, req);
+    else
+        r = pass_through(node, req);
+    if (r == -EOPNOTSUPP && !(req->flags & REQUEST_NO_FALLBACK))
+        return write_zero_data(node, req); /* its writes have seen to FUA */
+    return r == 0 ? finish_fua(node, req) : r;
+}
+
+static int co_fn node_co_write_zeroes(struct node *node, const struct request *whole)
+{
+    uint64_t end = whole->offset + whole->len;
+    uint64_t first = align_up(whole->offset, node->align);
+    uint64_t last = align_down(end, node->align);
+    struct request middle = *whole;
+    struct overlap_range range;
+    int r;
+
+    if (!node->settings.unmap)
+        middle.flags &= ~(unsigned)REQUEST_MAY_UNMAP;
+    if (first > last)
+        return node_co_zero_piece(node, &middle, whole->offset, whole->len); /* within one block */
+    middle.offset = first;
+    middle.len = last - first;
+    r = 0;
+    if (middle.len) {
+        if (node->align > 1)
+            overlap_begin(&node->overlap, &range, middle.offset, middle.len, false);
+        r = write_zeroes_aligned(node, &middle);
+        if (node->align > 1)
+            overlap_end(&node->overlap, &range);
+    }
+    if (r == 0 && whole->offset < first)
+        r = node_co_zero_piece(node, &middle, whole->offset, first - whole->offset);
+    if (r == 0 && last < end)
+        r = node_co_zero_piece(node, &middle, last, end - last);
+    return r;
+}
+
+/* Blocks that are discarded in part only stay as they are. */
+static int co_fn node_co_discard(struct node *node, const struct request *whole)
+{
+    uint64_t first = align_up(whole->offset, node->align);
+    uint64_t last = align_down(whole->offset + whole->len, node->align);
+    struct request req = *whole;
+    struct overlap_range range;
+    int r;
+
+    if (!node->settings.unmap || first >= last)
+        return 0;
+    req.offset = first;
+    req.len = last - first;
+    if (node->align > 1)
+        overlap_begin(&node->overlap, &range, req.offset, req.len, false);
+    r = node->driver->co_discard ? node->driver->co_discard(node, &req) : pass_through(node, &req);
+    if (node->align > 1)
+        overlap_end(&node->overlap, &range);
+    return r == -EOPNOTSUPP ? 0 : r; /* a discard is a hint */
+}
+
+/* Asks the driver again until the range is covered or the list is full: many in one call. */
+static int co_fn node_co_extents(struct node *node, struct request *whole)
+{
+    uint64_t end = whole->offset + whole->len;
+    uint64_t pos = whole->offset;
+
+    while (pos < end) {
+        struct request req = *whole;
+        int r;
+
+        req.offset = pos;
+        req.len = end - pos;
+        if (node->driver->co_extents) {
+            r = node->driver->co_extents(node, &req);
+        } else if (node->driver->kind == DRIVER_FILTER) {
+            r = edge_co_request(node->file, &req);
+        } else {
+            struct extent all = {.offset = pos,
+                                 .len = end - pos,
+                                 .flags = EXTENT_DATA | EXTENT_ALLOCATED};
+
+            (void)extents_add(req.extents, &all); /* full is as good */
+            return 0;
+        }
+        if (r < 0)
+            return r;
+        if (extents_end(req.extents, whole->offset) == pos)
+            return 0; /* full */
+        pos = extents_end(req.extents, whole->offset);
+    }
+    return 0;
+}
+
+int edge_co_request(struct edge *edge, struct request *req)
+{
+    struct node *node = edge->node;
+
+    if (unlikely(!range_within(req->offset, req->len, node->size)) && req->kind != REQUEST_FLUSH &&
+        req->kind != REQUEST_RESIZE)
+        return -EIO;
+    switch (req->kind) {
+    case REQUEST_READ:
+        if (likely(request_is_aligned(node, req)))
+            return node_co_read_aligned(node, req);
+        return node_co_read_unaligned(node, req);
+    case REQUEST_WRITE:
+        if (unlikely(node->settings.read_only))
+            return -EPERM;
+        return node_co_write(node, req);
+    case REQUEST_WRITE_ZEROES:
+        if (unlikely(node->settings.read_only))
+            return -EPERM;
+        return req->len ? node_co_write_zeroes(node, req) : 0;
+    case REQUEST_DISCARD:
+        if (unlikely(node->settings.read_only))
+            return -EPERM;
+        return node_co_discard(node, req);
+    case REQUEST_FLUSH:
+        return node_co_flush(node, req);
+    case REQUEST_EXTENTS:
+        return node_co_extents(node, req);
+    case REQUEST_RESIZE:
+        if (unlikely(node->settings.read_only))
+            return -EPERM;
+        return node->driver->co_resize ? node->driver->co_resize(node, req)
+                                       : pass_through(node, req);
+    case REQUEST_KINDS:
+        break;
+    }
+    return -EINVAL;
+}

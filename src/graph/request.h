@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Requests: what travels through the graph. A request is made by a backend (graph/backend.h) or by a driver for its children,
+ * lives on the coroutine's stack, and goes down by calls of edge_co_request() and up as their return.
+ *
+ * Here, once for all drivers: range checks, read-modify-write of what a node's alignment does not allow, bounce buffers for
+ * memory that it does not allow, flush after writes for drivers without FUA, zero writes for drivers without write-zeroes,
+ * and what `discard`, `cache.no-flush` and read-only say of a node.
+ */
+#ifndef CAIRN_GRAPH_REQUEST_H
+#define CAIRN_GRAPH_REQUEST_H
+
+#include "base/context.h"
+#include "graph/extents.h"
+#include "loop/iobuf.h"
+
+#include <stdint.h>
+#include <sys/uio.h>
+
+enum request_kind {
+    REQUEST_READ,
+    REQUEST_WRITE,
+    REQUEST_WRITE_ZEROES,
+    REQUEST_DISCARD, /* afterwards the content is undefined unless the driver says zero by its extents */
+    REQUEST_FLUSH,
+    REQUEST_EXTENTS,
+    REQUEST_RESIZE, /* `offset` is the new size */
+    REQUEST_KINDS,
+};
+
+enum request_flags {
+    REQUEST_FUA = 1 << 0,         /* write, write-zeroes: durable when it completes */
+    REQUEST_MAY_UNMAP = 1 << 1,   /* write-zeroes: the space may be given back */
+    REQUEST_NO_FALLBACK = 1 << 2, /* write-zeroes: -EOPNOTSUPP rather than writing zeroes */
+    REQUEST_UNCHANGED = 1 << 3,   /* write: the data is what reads give already */
+};
+
+struct edge;
+struct pass;
+
+struct request {
+    enum request_kind kind;
+    unsigned flags;
+    uint64_t offset; /* bytes */
+    uint64_t len;    /* bytes; of a read or write: what iov holds */
+    const struct iovec *iov;
+    int iov_count;
+    struct iobuf *hold;      /* pool memory that all of iov lies in, or NULL (G8) */
+    struct extents *extents; /* REQUEST_EXTENTS */
+    struct pass *pass;       /* G1: that of the root request that this one is done for */
+};
+
+/*
+ * Sends a request to the node below an edge. 0, or a negative errno: -EIO beyond the end of the node, -EPERM to write what
+ * is read-only, -EOPNOTSUPP, -ENOSPC, -ERESTART (G6: hand it up untouched), and what the host says. A request may be
+ * changed while it is under way; it is restored when it returns.
+ */
+int co_fn edge_co_request(struct edge *edge, struct request *req);
+
+/* A request done for another one, with its pass; iov as said. */
+static inline struct request request_for(const struct request *parent, enum request_kind kind,
+                                         uint64_t offset, uint64_t len)
+{
+    struct request req = {
+        .kind = kind,
+        .offset = offset,
+        .len = len,
+        .pass = parent->pass,
+    };
+
+    return req;
+}
+
+/* The request with another offset, as a driver that shifts its child's data sends it on. */
+static inline int co_fn edge_co_request_at(struct edge *edge, const struct request *req,
+                                           uint64_t offset)
+{
+    struct request sub = *req;
+
+    sub.offset = offset;
+    return edge_co_request(edge, &sub);
+}
+
+const char *request_kind_name(enum request_kind kind);
+
+#endif
