@@ -13,8 +13,8 @@ struct error {
     char *text;
 };
 
-static int error_vset(struct error **err, enum error_class class, int errnum, const char *fmt,
-                      va_list args)
+static int PRINTF_LIKE(4, 0) error_vset(struct error **err, enum error_class class, int errnum,
+                                        const char *fmt, va_list args)
 {
     assert(err && !*err && errnum > 0);
     *err = xnew(struct error);

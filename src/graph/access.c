@@ -32,8 +32,7 @@ struct access node_access_sum(const struct node *node)
     struct access sum = ACCESS_NONE;
     const struct edge *e;
 
-    list_for_each(&node->parents, e, child_link)
-    {
+    list_for_each (&node->parents, e, child_link) {
         struct access a = edge_access(e);
 
         sum.wants |= a.wants;
@@ -73,12 +72,10 @@ static int check_node(const struct node *node, struct error **err)
         return error_set(err, EPERM, "node '%s' is read-only", node->name);
     if (!(sum.wants & ~sum.tolerates))
         return 0;
-    list_for_each(&node->parents, a, child_link)
-    {
+    list_for_each (&node->parents, a, child_link) {
         if (!(edge_access(a).wants & ~sum.tolerates))
             continue;
-        list_for_each(&node->parents, b, child_link)
-        {
+        list_for_each (&node->parents, b, child_link) {
             if (a != b && (edge_access(a).wants & ~edge_access(b).tolerates))
                 return conflict(node, a, b, err);
         }
@@ -112,8 +109,7 @@ static int walk_down(struct access_walk *walk, struct edge *edge, struct access 
     r = check_node(node, err);
     if (r < 0)
         return r;
-    list_for_each(&node->children, child, parent_link)
-    {
+    list_for_each (&node->children, child, parent_link) {
         struct access below = access_below(node);
 
         if (below.wants == edge_access(child).wants &&

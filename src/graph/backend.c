@@ -66,7 +66,8 @@ struct backend *backend_co_free(struct backend *b)
         return NULL;
     if (!gate_is_closed(&b->gate))
         gate_close(&b->gate);
-    (void)gate_co_drained(&b->gate, b->owner, LOOP_FOREVER, &ignored); /* no deadline: cannot fail */
+    (void)gate_co_drained(&b->gate, b->owner, LOOP_FOREVER,
+                          &ignored); /* no deadline: cannot fail */
     gate_co_release(&b->gate);
     change_init(&change, b->graph, "removal of %s", b->owner);
     change_co_hold(&change, b->root->node);
@@ -136,8 +137,7 @@ static int co_fn run_step(struct backend *b, struct request *req)
     r = edge_co_request(b->root, req);
     if (likely(req->kind != REQUEST_EXTENTS && req->kind != REQUEST_RESIZE)) {
         stats_account(stats, stats_kind_of(req->kind), req->len, pass.arrived_ns, loop_now(), r);
-        if (req->kind == REQUEST_WRITE && r == 0 &&
-            req->offset + req->len > stats->highest_written)
+        if (req->kind == REQUEST_WRITE && r == 0 && req->offset + req->len > stats->highest_written)
             atomic_set_relaxed(&stats->highest_written, req->offset + req->len); /* see stats.h */
     }
     gate_leave(slot, &pass);
@@ -220,6 +220,6 @@ void graph_for_each_backend(struct graph *g, graph_backend_fn *fn, void *arg)
 {
     const struct backend *b;
 
-    list_for_each(&g->backends, b, link)
+    list_for_each (&g->backends, b, link)
         fn(b, arg);
 }

@@ -17,15 +17,17 @@
 struct backend;
 
 /* The most that one request may carry (G6). */
-#define BACKEND_MAX_DATA  ((uint64_t)32 << 20) /* read, write */
-#define BACKEND_MAX_RANGE ((uint64_t)1 << 30)  /* write-zeroes, discard: longer ones are issued in such steps */
+#define BACKEND_MAX_DATA ((uint64_t)32 << 20) /* read, write */
+#define BACKEND_MAX_RANGE                                                                          \
+    ((uint64_t)1 << 30) /* write-zeroes, discard: longer ones are issued in such steps */
 
 /*
  * `owner` is how messages name it ("export 'e0'"), copied. -EPERM if the access conflicts with other users' or the node is
  * read-only.
  */
-int co_fn control_fn backend_co_new(struct backend **ret, struct graph *graph, const char *node_name,
-                                    struct access access, const char *owner, struct error **err);
+int co_fn control_fn backend_co_new(struct backend **ret, struct graph *graph,
+                                    const char *node_name, struct access access, const char *owner,
+                                    struct error **err);
 /* Waits for its requests, then lets go of the node. Nobody sends any more. Returns NULL. */
 struct backend *co_fn control_fn backend_co_free(struct backend *b);
 

@@ -38,8 +38,7 @@ static const char *for_subtree(struct node *node, subtree_fn *fn, struct change 
     const char *found = fn(node, c);
     const struct edge *e;
 
-    list_for_each(&node->children, e, parent_link)
-    {
+    list_for_each (&node->children, e, parent_link) {
         if (found)
             break;
         found = for_subtree(e->node, fn, c);
@@ -64,8 +63,7 @@ static bool subtree_has(const struct node *node, const struct node *other)
 
     if (node == other)
         return true;
-    list_for_each(&node->children, e, parent_link)
-    {
+    list_for_each (&node->children, e, parent_link) {
         if (subtree_has(e->node, other))
             return true;
     }
@@ -102,8 +100,7 @@ static int can_hold(struct change *c, const char **ret_holder, struct error **er
         if (*ret_holder)
             return 0;
     }
-    list_for_each(&c->graph->changes, other, link)
-    {
+    list_for_each (&c->graph->changes, other, link) {
         if (other == c)
             break;
         if (!other->holds && changes_overlap(other, c)) {
@@ -167,14 +164,12 @@ void change_end(struct change *c)
     struct change *other;
     struct node *node;
 
-    list_for_each(&c->graph->nodes, node, link)
-    {
+    list_for_each (&c->graph->nodes, node, link) {
         if (node->reserved_by == c)
             node->reserved_by = NULL;
     }
     list_remove(&c->link);
-    list_for_each(&c->graph->changes, other, link)
-    {
+    list_for_each (&c->graph->changes, other, link) {
         if (other->wait && !other->wait->ended)
             co_wait_end(other->wait, 0);
     }

@@ -31,28 +31,30 @@ struct driver {
     bool zeroes_fast; /* write-zeroes never falls back to writing data */
 
     /*
+     * All operations may yield: those that do requests run on any loop, co_open, co_close and co_set_access on the control
+     * thread. (The marks co_fn and control_fn cannot stand on pointers; the functions themselves have them.)
+     *
      * Children are attached, with access none; sets the node's geometry by node_set_size() and node_set_alignment().
      * co_close is called if and only if co_open succeeded, when no request is left.
      */
-    int co_fn control_fn (*co_open)(struct node *node, const void *options, struct error **err);
-    void co_fn control_fn (*co_close)(struct node *node);
+    int (*co_open)(struct node *node, const void *options, struct error **err);
+    void (*co_close)(struct node *node);
 
-    int co_fn (*co_read)(struct node *node, struct request *req);
-    int co_fn (*co_write)(struct node *node, struct request *req);
-    int co_fn (*co_write_zeroes)(struct node *node, struct request *req);
-    int co_fn (*co_discard)(struct node *node, struct request *req);
-    int co_fn (*co_flush)(struct node *node, struct request *req);
+    int (*co_read)(struct node *node, struct request *req);
+    int (*co_write)(struct node *node, struct request *req);
+    int (*co_write_zeroes)(struct node *node, struct request *req);
+    int (*co_discard)(struct node *node, struct request *req);
+    int (*co_flush)(struct node *node, struct request *req);
     /* Adds extents for a part of the range at least, from its start. */
-    int co_fn (*co_extents)(struct node *node, struct request *req);
+    int (*co_extents)(struct node *node, struct request *req);
     /* Behind closed gates: nothing else is in flight. */
-    int co_fn (*co_resize)(struct node *node, struct request *req);
+    int (*co_resize)(struct node *node, struct request *req);
 
     /*
      * For drivers that guard the access against other programs: what all users of the node together want and tolerate. Called
      * before it is granted, and again with the old values when that fails elsewhere.
      */
-    int co_fn control_fn (*co_set_access)(struct node *node, struct access access,
-                                          struct error **err);
+    int (*co_set_access)(struct node *node, struct access access, struct error **err);
 
     /* What queries show; all may be NULL. The text belongs to the node. */
     const char *(*filename)(const struct node *node);

@@ -56,7 +56,7 @@ struct gate_slot {
     bool request_home;
     uint64_t drained_seen; /* the generation that was last drained */
 
-    uint64_t answered; /* written by the loop before it sends `request` back */
+    uint64_t answered;           /* written by the loop before it sends `request` back */
     uint64_t drained_generation; /* as answered, for `drained` */
     struct loop_message request;
     struct loop_message drained;
@@ -107,6 +107,7 @@ struct gate_picture {
     unsigned queued;
     uint64_t oldest_ns; /* when it arrived; 0: nobody is inside */
 };
+
 void gate_picture(const struct gate *gate, struct gate_picture *ret);
 
 #endif

@@ -197,7 +197,7 @@ static int co_fn control_fn open_child(struct node *node, const struct schema_me
     switch (ref->kind) {
     case NODE_REF_NAME:
         r = graph_need(node->graph, ref->name, &child, err);
-        if (r == 0)
+        if (child)
             child->refs++;
         break;
     case NODE_REF_DEFINITION:
@@ -235,8 +235,7 @@ static int co_fn control_fn settle_access(struct node *node, struct error **err)
 {
     struct edge *e;
 
-    list_for_each(&node->children, e, parent_link)
-    {
+    list_for_each (&node->children, e, parent_link) {
         int r = access_change(e, access_below(node), err);
 
         if (r < 0)
@@ -251,10 +250,10 @@ static int co_fn control_fn node_co_open(struct graph *g, const struct node_opti
 {
     const struct schema_variant *variant = &node_options_type.variants[o->driver];
     const void *options = (const char *)o + variant->offset;
-    struct node *node;
+    struct node *node = NULL;
     int r = node_new(g, o, parent, change, &node, err);
 
-    if (r < 0)
+    if (!node)
         return r;
     if (node->settings.force_share && !node->settings.read_only)
         r = error_set(err, EINVAL, "node '%s': force-share needs read-only", node->name);
@@ -322,11 +321,23 @@ int graph_co_add(struct graph *g, const struct node_options *options, struct err
     return r;
 }
 
+/* May the monitor take the node away? */
+static int check_removable(const struct node *node, struct error **err)
+{
+    const struct edge *user = list_first(&node->parents, struct edge, child_link);
+
+    if (user)
+        return error_set(err, EBUSY, "node '%s' is in use by %s", node->name,
+                         edge_parent_text(user));
+    if (!node->monitor_owned)
+        return error_set(err, EPERM, "node '%s' was not made by blockdev-add", node->name);
+    return 0;
+}
+
 int graph_co_del(struct graph *g, const char *name, struct error **err)
 {
     struct change change;
     struct node *node = NULL;
-    struct edge *user = NULL;
     int r;
 
     change_init(&change, g, "blockdev-del '%s'", name);
@@ -335,11 +346,9 @@ int graph_co_del(struct graph *g, const char *name, struct error **err)
         r = change_co_reserve(&change, err);
     if (r == 0)
         r = graph_need(g, name, &node, err);
-    if (r == 0 && (user = list_first(&node->parents, struct edge, child_link)))
-        r = error_set(err, EBUSY, "node '%s' is in use by %s", name, edge_parent_text(user));
-    if (r == 0 && !node->monitor_owned)
-        r = error_set(err, EPERM, "node '%s' was not made by blockdev-add", name);
-    if (r == 0) {
+    if (node)
+        r = check_removable(node, err);
+    if (node && r == 0) {
         node->monitor_owned = false;
         node_co_unref(node);
     }
@@ -355,8 +364,7 @@ struct graph *graph_co_free(struct graph *g)
     assert(list_empty(&g->backends) && list_empty(&g->changes));
     while (progress) {
         progress = false;
-        list_for_each(&g->nodes, node, link)
-        {
+        list_for_each (&g->nodes, node, link) {
             if (node->monitor_owned && list_empty(&node->parents)) {
                 node->monitor_owned = false;
                 node_co_unref(node);

@@ -46,8 +46,7 @@ struct edge *node_child(const struct node *node, const char *name)
 {
     struct edge *e;
 
-    list_for_each(&node->children, e, parent_link)
-    {
+    list_for_each (&node->children, e, parent_link) {
         if (strcmp(e->name, name) == 0)
             return e;
     }
@@ -96,7 +95,7 @@ void node_for_each_child(const struct node *node, graph_edge_fn *fn, void *arg)
 {
     const struct edge *e;
 
-    list_for_each(&node->children, e, parent_link)
+    list_for_each (&node->children, e, parent_link)
         fn(node, e, e->access, arg);
 }
 

@@ -23,8 +23,7 @@ static bool must_wait_locked(const struct overlap *o, const struct overlap_range
 
     if (!o->exclusives)
         return false;
-    list_for_each(&o->ranges, other, link)
-    {
+    list_for_each (&o->ranges, other, link) {
         if (other == r)
             return false;
         if ((r->exclusive || other->exclusive) &&
@@ -51,7 +50,8 @@ void overlap_begin(struct overlap *o, struct overlap_range *r, uint64_t offset, 
     }
     o->waiting++;
     co_shield_begin();
-    (void)wait_queue_wait(&r->waiter, &o->lock, LOOP_FOREVER); /* shielded, no deadline: cannot fail */
+    (void)wait_queue_wait(&r->waiter, &o->lock,
+                          LOOP_FOREVER); /* shielded, no deadline: cannot fail */
     co_shield_end();
     assert(r->granted);
 }
@@ -63,8 +63,7 @@ void overlap_end(struct overlap *o, struct overlap_range *r)
     tiny_lock_acquire(&o->lock);
     list_remove(&r->link);
     o->exclusives -= r->exclusive;
-    list_for_each(&o->ranges, other, link)
-    {
+    list_for_each (&o->ranges, other, link) {
         if (!o->waiting)
             break;
         if (!other->granted && !must_wait_locked(o, other)) {

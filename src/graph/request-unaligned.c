@@ -55,8 +55,8 @@ static int co_fn transfer_blocks(struct node *node, const struct request *like,
 /* The next step of a range: whole blocks, at most BOUNCE_STEP of them. */
 static uint64_t step_end(const struct node *node, uint64_t from, uint64_t end)
 {
-    return MIN(align_up(end, node->align), align_down(from, node->align) +
-                                               MAX(BOUNCE_STEP, (uint64_t)node->align));
+    return MIN(align_up(end, node->align),
+               align_down(from, node->align) + MAX(BOUNCE_STEP, (uint64_t)node->align));
 }
 
 int node_co_read_unaligned(struct node *node, const struct request *req)

@@ -212,9 +212,8 @@ static int co_fn node_co_extents(struct node *node, struct request *whole)
         } else if (node->driver->kind == DRIVER_FILTER) {
             r = edge_co_request(node->file, &req);
         } else {
-            struct extent all = {.offset = pos,
-                                 .len = end - pos,
-                                 .flags = EXTENT_DATA | EXTENT_ALLOCATED};
+            struct extent all = {
+                .offset = pos, .len = end - pos, .flags = EXTENT_DATA | EXTENT_ALLOCATED};
 
             (void)extents_add(req.extents, &all); /* full is as good */
             return 0;
