@@ -124,6 +124,7 @@ struct socket {
     struct io_op *recv_op; /* waiting for readiness: threads engine */
     struct io_op *send_op;
     struct loop *registered; /* with this loop's epoll: threads engine */
+    bool listens; /* sim engine, as below */
     void *sim;
 };
 

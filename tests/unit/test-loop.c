@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The loop on a real kernel, with both engines: coroutines, waits, scopes, messages, timers, locks, files, sockets. */
+/* The loop, with all three engines: coroutines, waits, scopes, messages, timers, locks, files, sockets. */
 #include "base/alloc.h"
 #include "base/atomic.h"
 #include "loop/co.h"
@@ -7,6 +7,7 @@
 #include "loop/lock.h"
 #include "loop/loop-internal.h"
 #include "loop/scope.h"
+#include "loop/sim/sim.h"
 #include "loop/socket.h"
 #include "seeds.h"
 
@@ -23,8 +24,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Runs the body on both engines. */
-static void on_both(co_entry_fn *body, const void *arg)
+/* The contract: the same body on all engines, on the simulated one with many seeds. */
+static void on_all(co_entry_fn *body, const void *arg)
 {
     static const enum loop_engine engines[] = {LOOP_ENGINE_IO_URING, LOOP_ENGINE_THREADS};
 
@@ -34,6 +35,12 @@ static void on_both(co_entry_fn *body, const void *arg)
 
         if (r < 0)
             fail_msg("%s", error_text(err));
+    }
+    TEST_SEEDS(seed) {
+        struct sim_options o;
+
+        sim_options_init(&o, seed);
+        assert_int_equal(sim_run(&o, body, (void *)(uintptr_t)arg), SIM_RETURNED);
     }
 }
 
@@ -72,7 +79,7 @@ static void start_two(void *arg)
 static void test_loop__scope_joins_all_that_it_started(void **state)
 {
     (void)state;
-    on_both(start_two, NULL);
+    on_all(start_two, NULL);
 }
 
 static void sleeper(void *arg)
@@ -103,7 +110,7 @@ static void cancel_sleepers(void *arg)
 static void test_loop__cancelled_scope_ends_waits_and_starts_nothing(void **state)
 {
     (void)state;
-    on_both(cancel_sleepers, NULL);
+    on_all(cancel_sleepers, NULL);
 }
 
 static void deadline_sleepers(void *arg)
@@ -122,7 +129,7 @@ static void deadline_sleepers(void *arg)
 static void test_loop__scope_deadline_ends_waits(void **state)
 {
     (void)state;
-    on_both(deadline_sleepers, NULL);
+    on_all(deadline_sleepers, NULL);
 }
 
 struct contest {
@@ -198,7 +205,7 @@ static void locks_across_loops(void *arg)
 static void test_loop__locks_exclude_across_threads(void **state)
 {
     (void)state;
-    on_both(locks_across_loops, NULL);
+    on_all(locks_across_loops, NULL);
 }
 
 static void remote_sleeper(void *arg)
@@ -229,7 +236,7 @@ static void cancel_remote(void *arg)
 static void test_loop__cancelling_reaches_a_call_on_another_loop(void **state)
 {
     (void)state;
-    on_both(cancel_remote, NULL);
+    on_all(cancel_remote, NULL);
 }
 
 struct mutex_timeout {
@@ -263,7 +270,7 @@ static void mutex_deadline(void *arg)
 static void test_loop__mutex_wait_ends_at_its_deadline(void **state)
 {
     (void)state;
-    on_both(mutex_deadline, NULL);
+    on_all(mutex_deadline, NULL);
 }
 
 static void file_round_trip(void *arg)
@@ -319,13 +326,13 @@ static void file_round_trip(void *arg)
 static void test_loop__files_on_tmpfs(void **state)
 {
     (void)state;
-    on_both(file_round_trip, "/dev/shm");
+    on_all(file_round_trip, "/dev/shm");
 }
 
 static void test_loop__files_on_disk(void **state)
 {
     (void)state;
-    on_both(file_round_trip, "/var/tmp");
+    on_all(file_round_trip, "/var/tmp");
 }
 
 static void locks_conflict(void *arg)
@@ -351,7 +358,7 @@ static void locks_conflict(void *arg)
 static void test_loop__file_locks_of_two_opens_conflict(void **state)
 {
     (void)state;
-    on_both(locks_conflict, NULL);
+    on_all(locks_conflict, NULL);
 }
 
 struct echo {
@@ -452,13 +459,13 @@ static void echo_tcp(void *arg)
 static void test_loop__unix_socket_echo(void **state)
 {
     (void)state;
-    on_both(echo_unix, NULL);
+    on_all(echo_unix, NULL);
 }
 
 static void test_loop__tcp_socket_echo(void **state)
 {
     (void)state;
-    on_both(echo_tcp, NULL);
+    on_all(echo_tcp, NULL);
 }
 
 static void accept_cancelled(void *arg)
@@ -477,7 +484,7 @@ static void accept_cancelled(void *arg)
 static void test_loop__accept_ends_at_its_deadline(void **state)
 {
     (void)state;
-    on_both(accept_cancelled, NULL);
+    on_all(accept_cancelled, NULL);
 }
 
 static void test_loop__timers_fire_in_order(void **state)
