@@ -20,8 +20,8 @@ struct loop;
 typedef void exports_deleted_fn(const char *id, void *arg);
 
 /* `io_loops`: the loops that serve clients, at least one; the array is copied. */
-struct exports *exports_new(struct graph *graph, struct loop *const *io_loops, unsigned io_loop_count,
-                            exports_deleted_fn *deleted, void *arg);
+struct exports *exports_new(struct graph *graph, struct loop *const *io_loops,
+                            unsigned io_loop_count, exports_deleted_fn *deleted, void *arg);
 /* Disconnects all clients, removes all exports, stops the NBD server. Returns NULL. */
 struct exports *co_fn control_fn exports_co_free(struct exports *all);
 
@@ -49,6 +49,7 @@ struct export_picture {
     unsigned clients;
     const char *address; /* NULL if it is not served now */
 };
+
 typedef void exports_fn(const struct export_picture *e, void *arg);
 void exports_for_each(const struct exports *all, exports_fn *fn, void *arg);
 

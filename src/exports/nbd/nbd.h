@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The NBD server's parts and who touches them.
+ *
+ *   server, export          on the control thread
+ *   connection              made on the control thread; then on its own I/O loop; freed on the control thread
+ *   request                 on its connection's loop
+ *
+ * NBD-1 A connection is freed when its loop has said that it ended and no message to it is out.
+ * NBD-2 An export lives while connections are bound to it: its removal waits for the last one.
+ * NBD-3 Replies leave in batches: what a tick has finished goes out with one system call. Requests in flight, replies that are
+ *       not sent among them, are bounded; at the bound the connection is not read.
+ */
+#ifndef CAIRN_EXPORTS_NBD_H
+#define CAIRN_EXPORTS_NBD_H
+
+#include "base/context.h"
+#include "base/error.h"
+#include "base/list.h"
+#include "graph/backend.h"
+#include "loop/iobuf.h"
+#include "loop/loop.h"
+#include "loop/scope.h"
+#include "loop/socket.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* What one connection may have in flight. */
+#define NBD_MAX_REQUESTS 256
+#define NBD_MAX_BYTES    ((size_t)64 << 20)
+
+/* How long a client may take to negotiate. */
+#define NBD_HANDSHAKE_NS (10 * NS_PER_S)
+
+/* Control thread. Constant while connections are bound, but for the counts. */
+struct nbd_export {
+    struct list link; /* in server->exports */
+    char *name;
+    char *description; /* or NULL */
+    struct backend *backend;
+    bool writable;
+    bool writethrough;
+    bool closing; /* takes no new clients */
+    unsigned clients;
+    struct co_wait *empty_wait;
+};
+
+struct nbd_server {
+    /* Constant while it runs. */
+    struct socket *listener;
+    struct loop *control;
+    struct loop *const *loops;
+    unsigned loop_count;
+    unsigned max_connections; /* 0: no limit */
+
+    /* Control thread. */
+    struct co_scope scope;   /* the acceptor */
+    struct list exports;     /* struct nbd_export */
+    struct list connections; /* struct nbd_connection */
+    unsigned connection_count;
+    unsigned next_loop;
+    struct co_wait *room_wait; /* the acceptor, at max_connections */
+    struct co_wait *empty_wait;
+};
+
+struct nbd_request;
+
+struct nbd_connection {
+    /* Control thread. */
+    struct list link; /* in server->connections */
+    bool ended;
+    bool shutdown_out;
+    struct nbd_export *bound;
+
+    /* Constant. */
+    struct nbd_server *server;
+    struct loop *loop;
+    struct loop_message start;
+    struct loop_message end;
+    struct loop_message shutdown;
+
+    /* All below: only on its loop. */
+    struct socket *socket;
+    struct co_scope scope;    /* the connection's own coroutine */
+    struct co_scope requests; /* and those of its requests */
+    uint64_t handshake_deadline_ns;
+
+    /* Negotiated. */
+    struct nbd_export *export; /* what stands in it besides counts is constant */
+    struct backend *backend;
+    bool no_zeroes;
+    bool structured;
+    bool context_allocation;           /* base:allocation, under CONTEXT_ALLOCATION */
+    struct nbd_export *context_export; /* the export that contexts were set for */
+
+    /* Receiving. */
+    struct iobuf *rx;
+    size_t rx_start;
+    size_t rx_end;
+
+    /* In flight (NBD-3). */
+    unsigned request_count;
+    size_t request_bytes;
+    struct co_wait *room;
+    struct nbd_request *free_requests;
+
+    /* Replies that are not sent yet, in the order of their completion. */
+    struct nbd_request *tx_first;
+    struct nbd_request **tx_last;
+    size_t tx_bytes;
+    size_t tx_skip;  /* bytes of tx_first that are sent */
+    bool tx_sending; /* a coroutine waits for the socket */
+    bool tx_broken;  /* the client is gone: replies are dropped */
+    struct loop_hook tx_hook;
+};
+
+struct nbd_request {
+    struct nbd_connection *connection;
+    struct nbd_request *next; /* in free_requests or the reply queue */
+    uint16_t type;
+    uint16_t flags;
+    uint64_t cookie;
+    uint64_t offset;
+    uint32_t len;
+    struct iobuf *buf; /* what data lies in */
+    uint8_t *data;     /* read, write: the payload. Block status: the descriptors */
+
+    /* The reply: a head made here, and a payload. */
+    uint8_t head[28];
+    uint8_t head_len;
+    const void *payload;
+    size_t payload_len;
+};
+
+/* Identifier of base:allocation in block status replies. */
+#define CONTEXT_ALLOCATION 0
+
+/* nbd-server.c */
+int co_fn control_fn nbd_server_co_start(struct nbd_server **ret,
+                                         const struct socket_address *address,
+                                         unsigned max_connections, struct loop *const *loops,
+                                         unsigned loop_count, struct error **err);
+/* Stops listening and disconnects all clients. The exports are gone. Returns NULL. */
+struct nbd_server *co_fn control_fn nbd_server_co_stop(struct nbd_server *server);
+/* NULL if there is none of this name, or it is closing. */
+struct nbd_export *nbd_server_find(const struct nbd_server *server, const char *name, size_t len);
+void nbd_export_disconnect(struct nbd_server *server, const struct nbd_export *export);
+/* Binds the connection to the export of this name, on the control thread from the connection's loop. -ENOENT, -ENOMEM. */
+int co_fn nbd_connection_co_bind(struct nbd_connection *c, const char *name, size_t len);
+void co_fn nbd_connection_co_unbind(struct nbd_connection *c);
+
+/* nbd-handshake.c: 0 when transmission may begin; negative: the connection is over. */
+int co_fn nbd_co_handshake(struct nbd_connection *c);
+unsigned nbd_transmission_flags(const struct nbd_connection *c, const struct nbd_export *export);
+
+/* nbd-transmission.c: returns when the client has gone, or is to go, and all its requests have ended. */
+void co_fn nbd_co_transmission(struct nbd_connection *c);
+
+/* nbd-command.c: carries one request out and queues its reply. */
+void co_fn nbd_request_run(void *request);
+
+/* nbd-reply.c */
+void nbd_reply_init(struct nbd_connection *c);
+/* Queues the answer; errnum as of the data path: 0 or negative. */
+void nbd_reply_send(struct nbd_request *req, int result);
+/* Sends what is queued, as far as it goes at once. */
+void nbd_reply_flush(struct nbd_connection *c);
+/* Gives a request back to its connection, and room to the reader. */
+void nbd_request_free(struct nbd_request *req);
+
+#endif
