@@ -100,13 +100,15 @@ int node_co_write_unaligned(struct node *node, const struct request *req)
     uint64_t end = req->offset + req->len;
     uint64_t pos = req->offset;
     struct iobuf *b = iobuf_new((size_t)(step_end(node, pos, end) - align_down(pos, node->align)));
+    /* Whole blocks from memory at a wrong address are only copied: nothing is read that others might be writing. */
+    bool in_part = (req->offset | req->len) & (node->align - 1);
     struct overlap_range range;
     int r = 0;
 
     if (!b)
         return -ENOMEM;
     overlap_begin(&node->overlap, &range, align_down(pos, node->align),
-                  align_up(end, node->align) - align_down(pos, node->align), true);
+                  align_up(end, node->align) - align_down(pos, node->align), in_part);
     while (r == 0 && pos < end) {
         uint64_t first = align_down(pos, node->align);
         uint64_t last = step_end(node, pos, end);
