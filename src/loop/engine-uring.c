@@ -190,7 +190,7 @@ static void prep_transfer(struct io_uring_sqe *sqe, struct io_op *op)
     }
 }
 
-/* Does the ring take it? A block device's punch and zero are ioctls. */
+/* Does the ring take it? A block device's discard and zero are ioctls. */
 static bool on_ring(const struct io_op *op)
 {
     switch (op->kind) {

@@ -252,6 +252,18 @@ int file_co_punch(struct file *f, uint64_t offset, uint64_t len)
     return range_op(f, IO_PUNCH, offset, len);
 }
 
+int file_co_discard(struct file *f, uint64_t offset, uint64_t len)
+{
+    struct io_op *op = file_op(f, IO_PUNCH);
+
+    if (op) {
+        op->offset = offset;
+        op->len = len;
+        op->any_content = true;
+    }
+    return file_op_run(op);
+}
+
 int file_co_zero(struct file *f, uint64_t offset, uint64_t len)
 {
     return range_op(f, IO_ZERO, offset, len);

@@ -82,6 +82,8 @@ int co_fn file_co_sync(struct file *f);
 
 /* The range reads as zeroes and holds no space afterwards; -EOPNOTSUPP where the file system or device cannot. */
 int co_fn file_co_punch(struct file *f, uint64_t offset, uint64_t len);
+/* As above, but what the range reads as does not matter: of a device the cheapest way to say that its data is not needed. */
+int co_fn file_co_discard(struct file *f, uint64_t offset, uint64_t len);
 /* The range reads as zeroes and keeps its space; -EOPNOTSUPP as above. */
 int co_fn file_co_zero(struct file *f, uint64_t offset, uint64_t len);
 /* Allocates space for the range, growing the file when needed. */

@@ -144,7 +144,8 @@ static int64_t file_punch(const struct io_op *op)
     uint64_t range[2] = {op->offset, op->len};
     int r;
 
-    if (op->file->info.type == FILE_TYPE_BLOCK)
+    /* What a discarded range of a device reads as is the device's choice. Punching zeroes it, or is refused. */
+    if (op->any_content && op->file->info.type == FILE_TYPE_BLOCK)
         r = ioctl(op->file->fd, BLKDISCARD, range);
     else
         r = fallocate(op->file->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)op->offset,

@@ -43,6 +43,7 @@ struct io_op {
     enum io_op_kind kind;
     bool detached;    /* the waiter has left */
     bool durable;     /* IO_WRITE */
+    bool any_content; /* IO_PUNCH: the range need not read as zeroes */
     bool owns_memory; /* all memory that it refers to lives as long as the operation */
     struct loop *loop;
     int64_t result;
