@@ -133,14 +133,25 @@ static int co_fn run_step(struct backend *b, struct request *req)
     r = gate_enter(slot, &pass);
     if (unlikely(r < 0))
         return r;
-    req->pass = &pass;
-    r = edge_co_request(b->root, req);
+    req->pass = &pass; /* dropped below: it is this request's alone */
+    do {
+        r = edge_co_request(b->root, req);
+        if (unlikely(r == -ERESTART)) {
+            int back = gate_step_back(slot, &pass);
+
+            if (back < 0) {
+                req->pass = NULL;
+                return back;
+            }
+        }
+    } while (unlikely(r == -ERESTART));
     if (likely(req->kind != REQUEST_EXTENTS && req->kind != REQUEST_RESIZE)) {
         stats_account(stats, stats_kind_of(req->kind), req->len, pass.arrived_ns, loop_now(), r);
         if (req->kind == REQUEST_WRITE && r == 0 && req->offset + req->len > stats->highest_written)
             atomic_set_relaxed(&stats->highest_written, req->offset + req->len); /* see stats.h */
     }
     gate_leave(slot, &pass);
+    req->pass = NULL;
     return r;
 }
 
@@ -150,6 +161,8 @@ int backend_co_request(struct backend *b, struct request *req)
     struct request step;
     int r = 0;
 
+    if (req->pass)
+        return edge_co_request(b->root, req); /* G1: its parent's pass counts for it */
     if (likely(req->kind == REQUEST_READ || req->kind == REQUEST_WRITE))
         return likely(req->len <= BACKEND_MAX_DATA) ? run_step(b, req) : -EINVAL;
     if ((req->kind != REQUEST_WRITE_ZEROES && req->kind != REQUEST_DISCARD) ||
@@ -177,12 +190,31 @@ uint64_t backend_size(const struct backend *b)
 
 unsigned backend_alignment(const struct backend *b)
 {
-    return b->root->node->align;
+    return node_preferred_alignment(b->root->node);
 }
 
 bool backend_read_only(const struct backend *b)
 {
     return b->root->node->settings.read_only;
+}
+
+/* A driver that hands zeroes on is as fast as its children. */
+static bool zeroes_fast(const struct node *node)
+{
+    const struct edge *e;
+
+    if (!node->driver->zeroes_fast)
+        return false;
+    list_for_each (&node->children, e, parent_link) {
+        if (!zeroes_fast(e->node))
+            return false;
+    }
+    return true;
+}
+
+bool backend_zeroes_fast(const struct backend *b)
+{
+    return zeroes_fast(b->root->node);
 }
 
 const char *backend_owner(const struct backend *b)

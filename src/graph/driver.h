@@ -28,7 +28,7 @@ struct driver {
     size_t state_size;
     const struct schema_type *options; /* generated; what open() gets */
     bool fua;         /* writes honour REQUEST_FUA; otherwise the core flushes after them */
-    bool zeroes_fast; /* write-zeroes never falls back to writing data */
+    bool zeroes_fast; /* write-zeroes never falls back to writing data, unless a child's does */
 
     /*
      * All operations may yield: those that do requests run on any loop, co_open, co_close and co_set_access on the control

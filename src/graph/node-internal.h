@@ -35,6 +35,7 @@ struct node {
     uint64_t size;
     unsigned align;
     unsigned memory_align;
+    unsigned preferred_align; /* if larger than align: what a child needs */
     struct node_settings settings;
     struct overlap overlap; /* what is being written, if align > 1 */
 

@@ -42,6 +42,11 @@ unsigned node_alignment(const struct node *node)
     return node->align;
 }
 
+unsigned node_preferred_alignment(const struct node *node)
+{
+    return MAX(node->align, node->preferred_align);
+}
+
 struct edge *node_child(const struct node *node, const char *name)
 {
     struct edge *e;
@@ -79,6 +84,12 @@ void node_set_alignment(struct node *node, unsigned request, unsigned memory)
     assert(is_power_of_2(request) && is_power_of_2(memory));
     node->align = request;
     node->memory_align = memory;
+}
+
+void node_set_preferred_alignment(struct node *node, unsigned request)
+{
+    assert(is_power_of_2(request));
+    node->preferred_align = request;
 }
 
 void node_set_read_only(struct node *node)

@@ -43,6 +43,8 @@ const struct node_settings *node_settings(const struct node *node);
 uint64_t node_size(const struct node *node);
 /* The unit of offsets and lengths that its driver takes; bytes, a power of two. */
 unsigned node_alignment(const struct node *node);
+/* The unit that costs no read-modify-write, here or below; bytes, a power of two. */
+unsigned node_preferred_alignment(const struct node *node);
 
 /* The edge to the child of this name, or the first one for "file". NULL if there is none. */
 struct edge *node_child(const struct node *node, const char *name);
@@ -56,6 +58,11 @@ const char *edge_name(const struct edge *edge);
 void node_set_size(struct node *node, uint64_t size);
 /* `memory`: of addresses. Both powers of two, bytes. */
 void node_set_alignment(struct node *node, unsigned request, unsigned memory);
+/*
+ * For drivers that take any offset and hand requests on to a child that does not: the unit that costs no read-modify-write
+ * there. That is left to the child, where it excludes all other writers.
+ */
+void node_set_preferred_alignment(struct node *node, unsigned request);
 /* For co_open: opened for reading only after all. */
 void node_set_read_only(struct node *node);
 

@@ -8,6 +8,7 @@
 #include "graph/request.h"
 #include "base/checked.h"
 #include "base/macros.h"
+#include "graph/gate.h"
 #include "graph/node-internal.h"
 #include "graph/request-internal.h"
 
@@ -24,6 +25,17 @@ const char *request_kind_name(enum request_kind kind)
                                                      "flush", "extents", "resize"};
 
     return names[kind];
+}
+
+void request_zero_from(const struct request *req, uint64_t from)
+{
+    for (int i = 0; i < req->iov_count; i++) {
+        const struct iovec *v = &req->iov[i];
+
+        if (from < v->iov_len)
+            memset((char *)v->iov_base + from, 0, v->iov_len - (size_t)from);
+        from -= MIN(from, (uint64_t)v->iov_len);
+    }
 }
 
 static bool memory_is_aligned(const struct node *node, const struct request *req)
@@ -227,10 +239,28 @@ static int co_fn node_co_extents(struct node *node, struct request *whole)
     return 0;
 }
 
-int edge_co_request(struct edge *edge, struct request *req)
+int co_park_until(struct request *req, uint64_t deadline_ns)
 {
-    struct node *node = edge->node;
+    return gate_park(req->pass, deadline_ns);
+}
 
+uint64_t request_reached_ns(struct request *req, const struct node *node)
+{
+    struct pass *pass = req->pass;
+
+    for (unsigned i = 0; i < pass->reached_count; i++) {
+        if (pass->reached[i].node == node)
+            return pass->reached[i].ns;
+    }
+    if (pass->reached_count == PASS_REACHED)
+        return pass->arrived_ns; /* no later than it was */
+    pass->reached[pass->reached_count].node = node;
+    pass->reached[pass->reached_count].ns = loop_now();
+    return pass->reached[pass->reached_count++].ns;
+}
+
+static int co_fn node_co_request(struct node *node, struct request *req)
+{
     if (unlikely(!range_within(req->offset, req->len, node->size)) && req->kind != REQUEST_FLUSH &&
         req->kind != REQUEST_RESIZE)
         return -EIO;
@@ -258,10 +288,24 @@ int edge_co_request(struct edge *edge, struct request *req)
     case REQUEST_RESIZE:
         if (unlikely(node->settings.read_only))
             return -EPERM;
+        if (req->offset > (uint64_t)NODE_SIZE_MAX)
+            return -EFBIG;
         return node->driver->co_resize ? node->driver->co_resize(node, req)
                                        : pass_through(node, req);
     case REQUEST_KINDS:
         break;
     }
     return -EINVAL;
+}
+
+int edge_co_request(struct edge *edge, struct request *req)
+{
+    struct pass *pass = req->pass;
+    struct pass_frame frame = {.node = edge->node, .up = pass->top};
+    int r;
+
+    pass->top = &frame;
+    r = node_co_request(frame.node, req);
+    pass->top = frame.up;
+    return r;
 }

@@ -36,6 +36,7 @@ enum request_flags {
 };
 
 struct edge;
+struct node;
 struct pass;
 
 struct request {
@@ -80,6 +81,17 @@ static inline int co_fn edge_co_request_at(struct edge *edge, const struct reque
     sub.offset = offset;
     return edge_co_request(edge, &sub);
 }
+
+/* Fills what lies in the iov from byte `from` on with zeroes: for drivers whose data ends before the request does. */
+void request_zero_from(const struct request *req, uint64_t from);
+
+/*
+ * Waits for something else than a child's answer (G6): 0 at the deadline; -ERESTART when a drain begins and -ECANCELED, both to
+ * be handed up untouched. After the change the request comes again from the top.
+ */
+int co_fn co_park_until(struct request *req, uint64_t deadline_ns);
+/* When this request first reached the node, also over re-issues, in the loop's time: where deadlines count from. */
+uint64_t request_reached_ns(struct request *req, const struct node *node);
 
 const char *request_kind_name(enum request_kind kind);
 
