@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A line for each driver of kind format. */
+#include "formats/list.h"
+#include "graph/driver.h"
+
+#include <stddef.h>
+
+extern const struct driver raw_driver;
+
+const struct driver *const format_drivers[] = {
+    &raw_driver,
+    NULL,
+};
