@@ -35,7 +35,8 @@ struct backend *co_fn control_fn backend_co_free(struct backend *b);
 int backend_attach(struct backend *b);
 
 /*
- * Sends a request and waits for it; the pass is made here. On an attached loop. Reads and writes are at most BACKEND_MAX_DATA.
+ * Sends a request and waits for it. A root request has no pass: it gets one here, and may wait at the gate. One that is done for
+ * another request, through a backend that a node owns, comes with that one's pass and waits at no gate (G1). On an attached loop. Reads and writes are at most BACKEND_MAX_DATA.
  * 0 or a negative errno, see edge_co_request(); -EINVAL for a longer one.
  */
 int co_fn backend_co_request(struct backend *b, struct request *req);

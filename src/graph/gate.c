@@ -20,6 +20,11 @@ struct gate_waiter {
     struct pass *pass;
 };
 
+struct gate_parked {
+    struct list link;
+    struct co_wait wait;
+};
+
 void gate_init(struct gate *gate)
 {
     *gate = (struct gate){.control = loop_self()};
@@ -71,12 +76,17 @@ static void request_returned(struct loop_message *m);
 static void obey(struct gate_slot *slot)
 {
     uint64_t wanted = atomic_get(&slot->gate->wanted);
+    struct gate_parked *parked;
     struct gate_waiter *w;
 
     if (wanted == slot->seen)
         return;
     slot->seen = wanted;
     slot->closed = wanted & 1;
+    while (slot->closed && (parked = list_first(&slot->parked, struct gate_parked, link))) {
+        list_remove(&parked->link);
+        co_wait_end(&parked->wait, -ERESTART); /* G6 */
+    }
     while (!slot->closed && (w = list_first(&slot->queue, struct gate_waiter, link))) {
         list_remove(&w->link);
         slot->queued--;
@@ -144,6 +154,7 @@ int gate_attach(struct gate *gate, struct gate_slot **ret)
         slot->loop = loop;
         list_init(&slot->inside);
         list_init(&slot->queue);
+        list_init(&slot->parked);
         slot->request_home = true;
         slot->drained_home = true;
         /*
@@ -170,9 +181,14 @@ static bool waiter_cancel(struct co_wait *wait)
 static int co_fn wait_for_opening(struct gate_slot *slot, struct pass *pass)
 {
     struct gate_waiter w = {.slot = slot, .pass = pass};
+    struct gate_waiter *later;
 
     co_wait_init(&w.wait, waiter_cancel);
-    list_append(&slot->queue, &w.link);
+    list_for_each (&slot->queue, later, link) {
+        if (later->pass->number > pass->number)
+            break; /* one that was inside before goes to the head */
+    }
+    list_insert_before(&later->link, &w.link);
     slot->queued++;
     show(slot);
     return co_wait(&w.wait, LOOP_FOREVER);
@@ -181,6 +197,10 @@ static int co_fn wait_for_opening(struct gate_slot *slot, struct pass *pass)
 int gate_enter(struct gate_slot *slot, struct pass *pass)
 {
     pass->arrived_ns = loop_now();
+    pass->number = slot->next_number++;
+    pass->co = co_self();
+    pass->top = NULL;
+    pass->reached_count = 0;
     if (unlikely(slot->closed))
         return wait_for_opening(slot, pass);
     count_in(slot, pass);
@@ -195,6 +215,35 @@ void gate_leave(struct gate_slot *slot, struct pass *pass)
     show(slot);
     if (unlikely(slot->closed))
         report_if_drained(slot);
+}
+
+int gate_step_back(struct gate_slot *slot, struct pass *pass)
+{
+    gate_leave(slot, pass);
+    if (slot->closed)
+        return wait_for_opening(slot, pass);
+    count_in(slot, pass);
+    return 0;
+}
+
+static bool parked_cancel(struct co_wait *w)
+{
+    list_remove(&container_of(w, struct gate_parked, wait)->link);
+    return true;
+}
+
+int gate_park(struct pass *pass, uint64_t deadline_ns)
+{
+    struct gate_slot *slot = pass->slot;
+    struct gate_parked parked;
+    int r;
+
+    if (slot->closed)
+        return -ERESTART;
+    co_wait_init(&parked.wait, parked_cancel);
+    list_append(&slot->parked, &parked.link);
+    r = co_wait(&parked.wait, deadline_ns);
+    return r == -ETIMEDOUT && !co_cancelled() ? 0 : r;
 }
 
 bool gate_is_closed(const struct gate *gate)

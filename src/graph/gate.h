@@ -22,14 +22,35 @@
 
 struct gate;
 
-/* A request's pass (G1): it is inside from gate_enter() to gate_leave(). On the stack of the root request's coroutine. */
+/* How many nodes a pass remembers the first arrival at (G6). */
+#define PASS_REACHED 4
+
+/* A node that a request is in; the frames of a pass are its path through the graph, on its coroutine's stack. */
+struct pass_frame {
+    struct node *node;
+    struct pass_frame *up;
+};
+
+/*
+ * A request's pass (G1): it is inside from gate_enter() to gate_leave(). On the stack of the root request's coroutine, which
+ * alone touches it, but for queries on the same loop.
+ */
 struct pass {
     struct gate_slot *slot;
     struct list link; /* in slot->inside, oldest first */
+    struct co *co;
+    uint64_t number; /* order of arrival at this slot */
     uint64_t arrived_ns;
+    struct pass_frame *top; /* the deepest node it is in */
     enum request_kind kind;
     uint64_t offset;
     uint64_t len;
+    unsigned reached_count;
+
+    struct {
+        const struct node *node;
+        uint64_t ns;
+    } reached[PASS_REACHED];
 };
 
 /* What one loop knows of a gate. */
@@ -40,7 +61,9 @@ struct gate_slot {
 
     /* Only touched on the slot's loop. */
     struct list inside; /* struct pass */
-    struct list queue;  /* struct gate_waiter */
+    struct list queue;  /* struct gate_waiter, by number */
+    struct list parked; /* struct gate_parked (G6) */
+    uint64_t next_number;
     unsigned count;
     unsigned queued;
     bool closed;
@@ -89,6 +112,16 @@ static inline struct gate_slot *gate_slot_here(struct gate *gate)
 /* Waits at a closed gate; -ECANCELED if the scope is cancelled there. A root request only (G1). */
 int co_fn gate_enter(struct gate_slot *slot, struct pass *pass);
 void gate_leave(struct gate_slot *slot, struct pass *pass);
+/*
+ * For a request that came back with -ERESTART: steps back, uncounted, to its old place in the queue, and waits there to be let
+ * in again. -ECANCELED as above; then it is outside.
+ */
+int co_fn gate_step_back(struct gate_slot *slot, struct pass *pass);
+/*
+ * Waits inside until the deadline, for something else than a child's answer (G6): 0 at the deadline; -ERESTART when the gate
+ * closes or is closed: to be handed up untouched; -ECANCELED.
+ */
+int co_fn gate_park(struct pass *pass, uint64_t deadline_ns);
 
 /* Closes for roots, at once as far as this thread is concerned. Not nested. */
 void control_fn gate_close(struct gate *gate);
