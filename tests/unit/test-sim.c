@@ -1,0 +1,1094 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The simulator itself: it repeats, it reports, and each of its faults is seen to strike (S4, S5, T1). */
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "loop/lock.h"
+#include "loop/scope.h"
+#include "loop/sim/sim.h"
+#include "loop/socket.h"
+#include "seeds.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PATH "/disk/a.img"
+
+static struct file *open_file(const char *path, unsigned flags)
+{
+    struct error *err = NULL;
+    struct file *f;
+
+    if (file_co_open(&f, path, flags, 0600, &err) < 0)
+        fail_msg("%s", error_text(err));
+    return f;
+}
+
+static int write_byte(struct file *f, uint64_t offset, size_t len, char c, bool durable)
+{
+    struct iobuf *b = iobuf_new(len);
+    struct iovec iov = {b->data, len};
+    int r;
+
+    memset(b->data, c, len);
+    r = file_co_write(f, offset, &iov, 1, durable, b);
+    iobuf_unref(b);
+    return r;
+}
+
+static char disk_byte(struct sim_disk *d, const char *path, uint64_t offset)
+{
+    char c = 0;
+
+    assert_int_equal(sim_disk_read(d, path, offset, &c, 1), 0);
+    return c;
+}
+
+/* A run on a disk without bad luck. */
+static enum sim_end run_on(struct sim_disk *d, uint64_t seed, co_entry_fn *body, void *arg)
+{
+    struct sim_options o;
+
+    sim_options_init(&o, seed);
+    o.disk = d;
+    return sim_run(&o, body, arg);
+}
+
+static enum sim_end run_with(struct sim_fault *fault, struct sim_disk *d, uint64_t seed,
+                             co_entry_fn *body, void *arg)
+{
+    struct sim_options o;
+
+    sim_options_init(&o, seed);
+    o.disk = d;
+    o.faults = &fault;
+    o.fault_count = 1;
+    return sim_run(&o, body, arg);
+}
+
+/* ---- the same seed is the same run (S4) ---- */
+
+struct busy {
+    struct loop_thread *threads[3];
+    struct co_mutex mutex;
+    struct file *file;
+    struct socket *listener;
+    unsigned done;
+};
+
+static void busy_worker(void *arg)
+{
+    struct busy *b = arg;
+    uint64_t where;
+
+    for (unsigned i = 0; i < 10; i++) {
+        loop_random(&where, sizeof(where));
+        assert_int_equal(write_byte(b->file, where % 65536, 512, (char)i, false), 0);
+        co_mutex_lock(&b->mutex);
+        b->done++;
+        co_sleep_until(loop_clock() + where % 10000);
+        co_mutex_unlock(&b->mutex);
+    }
+    assert_int_equal(file_co_sync(b->file), 0);
+}
+
+static void busy_remote(void *arg)
+{
+    struct busy *b = arg;
+
+    for (size_t i = 0; i < ARRAY_SIZE(b->threads); i++)
+        assert_int_equal(loop_co_call(loop_thread_loop(b->threads[i]), busy_worker, b), 0);
+}
+
+static void busy_server(void *arg)
+{
+    struct busy *b = arg;
+    struct socket *s;
+    char buf[4096];
+    int64_t n;
+
+    assert_int_equal(socket_co_accept(b->listener, &s, LOOP_FOREVER), 0);
+    while ((n = socket_co_recv(s, buf, sizeof(buf), LOOP_FOREVER)) > 0) {
+        struct iovec iov = {buf, (size_t)n};
+
+        assert_int_equal(socket_co_send(s, &iov, 1, LOOP_FOREVER), 0);
+    }
+    socket_free(s);
+}
+
+static void busy_client(const struct socket_address *a)
+{
+    struct error *err = NULL;
+    struct socket *s;
+    char out[3000] = "hello";
+    char in[3000];
+    struct iovec iov = {out, sizeof(out)};
+
+    assert_int_equal(socket_co_connect(&s, a, LOOP_FOREVER, &err), 0);
+    assert_int_equal(socket_co_send(s, &iov, 1, LOOP_FOREVER), 0);
+    assert_int_equal(socket_co_recv_all(s, in, sizeof(in), LOOP_FOREVER), 0);
+    assert_memory_equal(in, out, sizeof(in));
+    socket_shutdown(s);
+    socket_free(s);
+}
+
+static void busy_world(void *arg)
+{
+    struct socket_address a = {.family = SOCKET_UNIX, .path = "/sock"};
+    struct busy b = {.done = 0};
+    struct error *err = NULL;
+    struct co_scope scope;
+
+    (void)arg;
+    co_mutex_init(&b.mutex);
+    b.file = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+    assert_int_equal(socket_co_listen(&b.listener, &a, &err), 0);
+    for (size_t i = 0; i < ARRAY_SIZE(b.threads); i++)
+        assert_int_equal(loop_thread_start(&b.threads[i], "io", &err), 0);
+    co_scope_init(&scope);
+    for (unsigned i = 0; i < 3; i++)
+        co_scope_start(&scope, busy_remote, &b);
+    co_scope_start(&scope, busy_server, &b);
+    busy_client(&a);
+    co_scope_join(&scope);
+    assert_int_equal(b.done, 3 * 3 * 10);
+    for (size_t i = 0; i < ARRAY_SIZE(b.threads); i++)
+        loop_thread_stop(b.threads[i]);
+    socket_free(b.listener);
+    assert_int_equal(file_co_close(b.file), 0);
+}
+
+static void test_sim__same_seed_gives_the_same_trace(void **state)
+{
+    uint64_t last = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        uint64_t first;
+        char *moved;
+
+        assert_int_equal(run_on(NULL, seed, busy_world, NULL), SIM_RETURNED);
+        first = sim_trace_hash();
+        moved = malloc(1000 + seed * 64); /* so that the second run gets other addresses */
+        assert_int_equal(run_on(NULL, seed, busy_world, NULL), SIM_RETURNED);
+        free(moved);
+        if (sim_trace_hash() != first)
+            fail_msg("seed %lu: %lx, then %lx", seed, first, sim_trace_hash());
+        assert_int_not_equal(first, last); /* and another seed another one */
+        last = first;
+    }
+}
+
+static void sleep_for_a_year(void *arg)
+{
+    uint64_t begin = loop_clock();
+    uint64_t wall = loop_wall_clock();
+
+    (void)arg;
+    assert_int_equal(co_sleep_until(begin + 31536000 * NS_PER_S), 0);
+    assert_true(loop_clock() - begin >= 31536000 * NS_PER_S);
+    assert_true(loop_wall_clock() - wall >= 31536000 * NS_PER_S);
+}
+
+static void test_sim__time_jumps_when_all_sleep(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(NULL, seed, sleep_for_a_year, NULL), SIM_RETURNED);
+}
+
+static void lock_twice(void *arg)
+{
+    struct co_mutex m;
+
+    (void)arg;
+    co_mutex_init(&m);
+    co_mutex_lock(&m);
+    co_mutex_lock(&m);
+}
+
+static void test_sim__deadlock_is_found_and_names_the_loop(void **state)
+{
+    struct sim_options o;
+
+    (void)state;
+    sim_options_init(&o, 7);
+    o.may_end_early = true;
+    assert_int_equal(sim_run(&o, lock_twice, NULL), SIM_DEADLOCK);
+    assert_non_null(strstr(sim_report(), "seed 7"));
+    assert_non_null(strstr(sim_report(), "loop 'main' sleeps"));
+    assert_non_null(strstr(sim_report(), "cannot be cancelled"));
+    assert_int_equal(run_on(NULL, 7, busy_world, NULL), SIM_RETURNED); /* nothing is left of it */
+}
+
+/* ---- atomics are scheduling points (T1) ---- */
+
+struct unlocked {
+    struct loop_thread *thread;
+    unsigned value;
+    unsigned scratch;
+};
+
+static void add_unlocked(void *arg)
+{
+    struct unlocked *u = arg;
+
+    for (unsigned i = 0; i < 50; i++) {
+        unsigned before = u->value;
+
+        atomic_add(&u->scratch, 1u);
+        u->value = before + 1;
+    }
+}
+
+static void call_add_unlocked(void *arg)
+{
+    struct unlocked *u = arg;
+
+    loop_co_call(loop_thread_loop(u->thread), add_unlocked, u);
+}
+
+static void race(void *arg)
+{
+    struct unlocked *u = arg;
+    struct error *err = NULL;
+    struct co_scope s;
+
+    assert_int_equal(loop_thread_start(&u->thread, "io", &err), 0);
+    co_scope_init(&s);
+    co_scope_start(&s, call_add_unlocked, u);
+    co_yield ();
+    add_unlocked(u);
+    co_scope_join(&s);
+    loop_thread_stop(u->thread);
+}
+
+static void test_sim__loops_interleave_at_atomics(void **state)
+{
+    unsigned raced = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct unlocked u = {0};
+
+        assert_int_equal(run_on(NULL, seed, race, &u), SIM_RETURNED);
+        raced += u.value != 100;
+    }
+#ifdef CAIRN_SIM_POINTS
+    assert_true(raced > 0);
+#else
+    assert_int_equal(raced, 0);
+#endif
+}
+
+struct answer {
+    struct loop_message message;
+    uint64_t when_ns;
+};
+
+static void answer_arrived(struct loop_message *m)
+{
+    container_of(m, struct answer, message)->when_ns = loop_clock();
+}
+
+static void stalled_loop(void *arg)
+{
+    struct answer a = {.message.fn = answer_arrived};
+    struct error *err = NULL;
+    struct loop_thread *t;
+    uint64_t until = loop_clock() + 200 * NS_PER_MS;
+
+    (void)arg;
+    assert_int_equal(loop_thread_start(&t, "io", &err), 0);
+    sim_stall(loop_thread_loop(t), until);
+    loop_post(loop_thread_loop(t), &a.message);
+    co_sleep_until(until - NS_PER_MS);
+    assert_int_equal(a.when_ns, 0);
+    loop_thread_stop(t);
+    assert_true(a.when_ns >= until);
+}
+
+static void test_sim__stalled_loop_is_silent(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(NULL, seed, stalled_loop, NULL), SIM_RETURNED);
+}
+
+/* ---- faults of files ---- */
+
+static void write_three(void *arg)
+{
+    int *results = arg;
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+
+    for (unsigned i = 0; i < 3; i++)
+        results[i] = write_byte(f, i * 4096, 4096, 'x', false);
+    file_co_close(f);
+}
+
+static void test_sim__kth_operation_fails(void **state)
+{
+    static const int errors[] = {EIO, ENOSPC};
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {
+            .name = "*.img",
+            .ops = SIM_OP(IO_WRITE),
+            .kind = SIM_ERROR,
+            .error = errors[seed % 2],
+            .at = 2,
+        };
+        struct sim_options o;
+        struct sim_fault *faults = &f;
+        int results[3];
+
+        sim_options_init(&o, seed);
+        o.short_per_mille = 0; /* which would make more operations of one write */
+        o.faults = &faults;
+        o.fault_count = 1;
+        assert_int_equal(sim_run(&o, write_three, results), SIM_RETURNED);
+        assert_int_equal(results[0], 0);
+        assert_int_equal(results[1], -f.error);
+        assert_int_equal(results[2], 0);
+        assert_int_equal(f.seen, 3);
+        assert_int_equal(f.fired, 1);
+    }
+}
+
+static void write_and_read_back(void *arg)
+{
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+    struct iobuf *b = iobuf_new(65536);
+    struct iovec iov = {b->data, 65536};
+
+    (void)arg;
+    assert_int_equal(write_byte(f, 100, 65536, 'y', false), 0);
+    assert_int_equal(file_co_read(f, 100, &iov, 1, b), 65536);
+    for (unsigned i = 0; i < 65536; i++)
+        assert_int_equal(b->data[i], 'y');
+    iobuf_unref(b);
+    file_co_close(f);
+}
+
+static void test_sim__short_transfers_are_continued(void **state)
+{
+    uint64_t most = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {
+            .ops = SIM_OP(IO_WRITE) | SIM_OP(IO_READ), .kind = SIM_SHORT, .per_mille = 800};
+
+        assert_int_equal(run_with(&f, NULL, seed, write_and_read_back, NULL), SIM_RETURNED);
+        most = f.seen > most ? f.seen : most;
+    }
+    assert_true(most > 4);
+}
+
+struct hang {
+    struct file *file;
+    struct iobuf *buf; /* NULL: a stack's memory */
+    char bytes[512];
+    int64_t result;
+    bool ended;
+};
+
+static void hanging_read(void *arg)
+{
+    struct hang *h = arg;
+    struct iovec iov = {h->buf ? h->buf->data : (void *)h->bytes, 512};
+
+    h->result = file_co_read(h->file, 0, &iov, 1, h->buf);
+    h->ended = true;
+}
+
+static void hang_with_pool_memory(void *arg)
+{
+    struct hang h = {.file = open_file(PATH, FILE_READ), .buf = iobuf_new(512)};
+    struct co_scope s;
+
+    (void)arg;
+    co_scope_init(&s);
+    co_scope_start(&s, hanging_read, &h);
+    co_sleep_until(loop_clock() + NS_PER_S);
+    assert_false(h.ended);
+    co_scope_cancel(&s);
+    co_scope_join(&s); /* at once: the buffer stays with the operation (G8) */
+    assert_int_equal(h.result, -ECANCELED);
+    assert_int_equal(file_detached(h.file), 1);
+    iobuf_unref(h.buf);
+    for (unsigned i = 0; i < 4; i++) { /* nobody else is given that memory meanwhile */
+        struct iobuf *b = iobuf_new(512);
+
+        assert_ptr_not_equal(b, h.buf);
+        iobuf_unref(b);
+    }
+    assert_int_equal(sim_unhang("*.img"), 1);
+    co_sleep_until(loop_clock() + NS_PER_S);
+    assert_int_equal(file_detached(h.file), 0);
+    file_co_close(h.file);
+}
+
+static void test_sim__hanging_read_leaves_its_buffer_behind(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {.ops = SIM_OP(IO_READ), .kind = SIM_HANG, .at = 1};
+        struct sim_disk *d = sim_disk_new();
+
+        sim_disk_write(d, PATH, 0, "data", 4);
+        assert_int_equal(run_with(&f, d, seed, hang_with_pool_memory, NULL), SIM_RETURNED);
+        sim_disk_free(d);
+    }
+}
+
+static void hang_with_own_memory(void *arg)
+{
+    struct hang h = {.file = open_file(PATH, FILE_READ)};
+    struct co_scope s;
+
+    (void)arg;
+    co_scope_init(&s);
+    co_scope_start(&s, hanging_read, &h);
+    co_scope_cancel(&s);
+    co_sleep_until(loop_clock() + NS_PER_S);
+    assert_false(h.ended); /* its memory is not the pool's: it must wait (G8) */
+    sim_unhang(NULL);
+    co_scope_join(&s);
+    assert_int_equal(h.result, 4);
+    assert_memory_equal(h.bytes, "data", 4);
+    file_co_close(h.file);
+}
+
+static void test_sim__hanging_read_into_own_memory_is_waited_for(void **state)
+{
+    struct sim_disk *d = sim_disk_new();
+
+    (void)state;
+    sim_disk_write(d, PATH, 0, "data", 4);
+    TEST_SEEDS (seed) {
+        struct sim_fault hang = {.ops = SIM_OP(IO_READ), .kind = SIM_HANG, .at = 1};
+        struct sim_fault late = {.ops = SIM_OP(IO_READ), .kind = SIM_LATE, .per_mille = 1000};
+        struct sim_fault *faults[] = {&hang, &late};
+        struct sim_options o;
+
+        sim_options_init(&o, seed);
+        o.disk = d;
+        o.short_per_mille = 0;
+        o.faults = faults;
+        o.fault_count = 2;
+        assert_int_equal(sim_run(&o, hang_with_own_memory, NULL), SIM_RETURNED);
+    }
+    sim_disk_free(d);
+}
+
+static void hang_to_the_end(void *arg)
+{
+    struct hang h = {.file = open_file(PATH, FILE_READ), .buf = iobuf_new(512)};
+    struct co_scope s;
+
+    (void)arg;
+    co_scope_init(&s);
+    co_scope_start(&s, hanging_read, &h);
+    co_scope_cancel(&s);
+    co_scope_join(&s);
+    iobuf_unref(h.buf);
+    file_unref(h.file);
+}
+
+static void test_sim__operations_may_outlive_the_process(void **state)
+{
+    struct sim_disk *d = sim_disk_new();
+
+    (void)state;
+    sim_disk_write(d, PATH, 0, "data", 4);
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {.ops = SIM_OP(IO_READ), .kind = SIM_HANG, .at = 1};
+
+        assert_int_equal(run_with(&f, d, seed, hang_to_the_end, NULL), SIM_RETURNED);
+    }
+    sim_disk_free(d);
+}
+
+static void late_writer(void *arg)
+{
+    struct hang *h = arg;
+    struct iovec iov = {h->buf->data, 512};
+
+    h->result = file_co_write(h->file, 0, &iov, 1, false, h->buf);
+}
+
+static void cancel_a_write(void *arg)
+{
+    struct hang h = {.file = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE),
+                     .buf = iobuf_new(512)};
+    struct co_scope s;
+    unsigned *late = arg;
+    struct file_info info;
+
+    memset(h.buf->data, 'l', 512);
+    co_scope_init(&s);
+    co_scope_start(&s, late_writer, &h);
+    co_scope_cancel(&s);
+    co_scope_join(&s);
+    assert_int_equal(h.result, -ECANCELED);
+    iobuf_unref(h.buf);
+    assert_int_equal(file_co_stat(h.file, &info), 0);
+    co_sleep_until(loop_clock() + NS_PER_S);
+    assert_int_equal(file_detached(h.file), 0);
+    *late += info.size == 0;
+    assert_int_equal(file_co_stat(h.file, &info), 0);
+    assert_int_equal(info.size, 512); /* cancelled, and it happened all the same */
+    file_co_close(h.file);
+}
+
+static void test_sim__cancelled_write_may_complete_late(void **state)
+{
+    unsigned late = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault slow = {
+            .ops = SIM_OP(IO_WRITE), .kind = SIM_DELAY, .delay_ns = 50 * NS_PER_MS, .at = 1};
+        struct sim_fault stubborn = {.ops = SIM_OP(IO_WRITE), .kind = SIM_LATE, .at = 1};
+        struct sim_fault *faults[] = {&slow, &stubborn};
+        struct sim_options o;
+
+        sim_options_init(&o, seed);
+        o.short_per_mille = 0;
+        o.faults = faults;
+        o.fault_count = 2;
+        assert_int_equal(sim_run(&o, cancel_a_write, &late), SIM_RETURNED);
+    }
+    assert_true(late > 0);
+}
+
+static void misaligned(void *arg)
+{
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE | FILE_DIRECT);
+    struct iobuf *b = iobuf_new(8192);
+    struct iovec iov = {b->data, 4096};
+
+    (void)arg;
+    assert_int_equal(file_info(f)->offset_align, 4096);
+    assert_int_equal(file_info(f)->memory_align, 512);
+    assert_int_equal(file_co_read(f, 4096, &iov, 1, b), 4096);
+    assert_int_equal(file_co_read(f, 512, &iov, 1, b), -EINVAL);
+    iov.iov_len = 512;
+    assert_int_equal(file_co_write(f, 0, &iov, 1, false, b), -EINVAL);
+    iov = (struct iovec){b->data + 8, 4096};
+    assert_int_equal(file_co_write(f, 0, &iov, 1, false, b), -EINVAL);
+    iobuf_unref(b);
+    file_co_close(f);
+}
+
+static void test_sim__misaligned_direct_io_fails(void **state)
+{
+    struct sim_file_setup setup = {.size = 65536, .offset_align = 4096};
+    struct sim_disk *d = sim_disk_new();
+
+    (void)state;
+    sim_disk_make(d, PATH, &setup);
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(d, seed, misaligned, NULL), SIM_RETURNED);
+    sim_disk_free(d);
+}
+
+static void block_device(void *arg)
+{
+    struct error *err = NULL;
+    struct file *f = open_file("/dev/vdb", FILE_READ | FILE_WRITE);
+    struct file *refused;
+    struct iobuf *b = iobuf_new(8192);
+    struct iovec iov = {b->data, 8192};
+
+    (void)arg;
+    assert_int_equal(file_info(f)->type, FILE_TYPE_BLOCK);
+    assert_int_equal(file_info(f)->size, 1 << 20);
+    assert_int_equal(file_info(f)->logical_block_size, 512);
+    assert_int_equal(write_byte(f, (1 << 20) - 4096, 8192, 'x', false), -ENOSPC);
+    assert_int_equal(file_co_read(f, (1 << 20) - 4096, &iov, 1, b), 4096);
+    assert_int_equal(file_co_truncate(f, 1), -EINVAL);
+    assert_int_equal(file_co_open(&refused, "/ro", FILE_WRITE, 0, &err), -EROFS);
+    error_free(&err);
+    iobuf_unref(b);
+    file_co_close(f);
+}
+
+static void test_sim__block_devices_end_where_they_end(void **state)
+{
+    struct sim_disk *d = sim_disk_new();
+
+    (void)state;
+    sim_disk_make(d, "/dev/vdb",
+                  &(struct sim_file_setup){.type = FILE_TYPE_BLOCK, .size = 1 << 20});
+    sim_disk_make(d, "/ro", &(struct sim_file_setup){.read_only = true});
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(d, seed, block_device, NULL), SIM_RETURNED);
+    sim_disk_free(d);
+}
+
+static void split_locks(void *arg)
+{
+    struct file *a = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+    struct file *b = open_file(PATH, FILE_READ | FILE_WRITE);
+
+    (void)arg;
+    assert_int_equal(file_co_lock(a, 100, 100, FILE_LOCK_EXCLUSIVE), 0);
+    assert_int_equal(file_co_lock(a, 150, 10, FILE_LOCK_NONE), 0);
+    assert_int_equal(file_co_lock(b, 150, 10, FILE_LOCK_EXCLUSIVE), 0);
+    assert_int_equal(file_co_lock(b, 149, 1, FILE_LOCK_SHARED), -EAGAIN);
+    assert_int_equal(file_co_lock(b, 160, 0, FILE_LOCK_SHARED), -EAGAIN);
+    assert_int_equal(file_co_lock(a, 160, 40, FILE_LOCK_SHARED), 0); /* less than before */
+    assert_int_equal(file_co_lock(b, 160, 0, FILE_LOCK_SHARED), 0);
+    assert_int_equal(file_co_lock_test(a, 199, 1, FILE_LOCK_EXCLUSIVE), -EAGAIN);
+    assert_int_equal(file_co_close(b), 0);
+    assert_int_equal(file_co_lock(a, 0, 0, FILE_LOCK_EXCLUSIVE), 0);
+    assert_int_equal(file_co_close(a), 0);
+}
+
+static void test_sim__locks_belong_to_the_open_and_split(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(NULL, seed, split_locks, NULL), SIM_RETURNED);
+}
+
+/* ---- power cuts ---- */
+
+static void write_flush_write(void *arg)
+{
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+
+    (void)arg;
+    assert_int_equal(write_byte(f, 0, 8192, 'f', false), 0);
+    assert_int_equal(file_co_sync(f), 0);
+    assert_int_equal(file_co_sync_dir(PATH), 0);
+    assert_int_equal(write_byte(f, 4096, 4096, 'u', false), 0);
+    assert_int_equal(write_byte(f, 8192, 4096, 'v', false), 0);
+    assert_int_equal(file_co_close(f), 0);
+}
+
+static void test_sim__power_cut_keeps_drops_and_tears_what_was_not_flushed(void **state)
+{
+    unsigned kept = 0;
+    unsigned dropped = 0;
+    unsigned torn = 0;
+    unsigned reordered = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_disk *d = sim_disk_new();
+        struct sim_options o;
+        unsigned sectors = 0;
+        bool second;
+
+        sim_options_init(&o, seed);
+        o.disk = d;
+        o.short_per_mille = 0; /* whose parts end within a sector */
+        assert_int_equal(sim_run(&o, write_flush_write, NULL), SIM_RETURNED);
+        assert_int_equal(disk_byte(d, PATH, 4096), 'u'); /* as seen before the cut */
+        sim_disk_power_cut(d, seed);
+        assert_true(sim_disk_size(d, PATH) >= 8192);
+        for (unsigned i = 0; i < 4096; i++)
+            assert_int_equal(disk_byte(d, PATH, i), 'f'); /* flushed is never lost (P1) */
+        for (unsigned i = 0; i < 8; i++) {
+            char c = disk_byte(d, PATH, 4096 + i * 512);
+
+            assert_true(c == 'u' || c == 'f');
+            assert_int_equal(disk_byte(d, PATH, 4096 + i * 512 + 511), c);
+            sectors += c == 'u';
+        }
+        second = sim_disk_size(d, PATH) == 12288 && disk_byte(d, PATH, 12287) == 'v';
+        kept += sectors == 8;
+        dropped += sectors == 0;
+        torn += sectors > 0 && sectors < 8;
+        reordered += sectors == 0 && second;
+        sim_disk_free(d);
+    }
+    assert_true(kept && dropped && torn && reordered);
+}
+
+static void durable_after_plain(void *arg)
+{
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+
+    (void)arg;
+    assert_int_equal(file_co_sync_dir(PATH), 0);
+    assert_int_equal(write_byte(f, 0, 4096, 'a', false), 0);
+    assert_int_equal(write_byte(f, 2048, 1024, 'd', true), 0);
+    assert_int_equal(file_co_close(f), 0);
+}
+
+static void test_sim__durable_write_makes_itself_durable_only(void **state)
+{
+    unsigned lost = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_disk *d = sim_disk_new();
+
+        assert_int_equal(run_on(d, seed, durable_after_plain, NULL), SIM_RETURNED);
+        sim_disk_power_cut(d, seed);
+        assert_true(sim_disk_size(d, PATH) >= 3072);
+        for (unsigned i = 2048; i < 3072; i++)
+            assert_int_equal(disk_byte(d, PATH, i), 'd');
+        lost += disk_byte(d, PATH, 0) != 'a';
+        sim_disk_free(d);
+    }
+    assert_true(lost > 0);
+}
+
+static void sync_fails_then_succeeds(void *arg)
+{
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE | FILE_CREATE);
+
+    (void)arg;
+    assert_int_equal(file_co_sync_dir(PATH), 0);
+    assert_int_equal(write_byte(f, 0, 4096, 'a', false), 0);
+    assert_int_equal(file_co_sync(f), -EIO);
+    assert_int_equal(file_co_sync(f), 0); /* and it lies: I3 */
+    assert_int_equal(file_co_close(f), 0);
+}
+
+static void test_sim__failed_sync_drops_pages_and_the_next_one_lies(void **state)
+{
+    unsigned lost = 0;
+    unsigned shown = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {.ops = SIM_OP(IO_SYNC), .kind = SIM_SYNC_DROPS, .at = 1};
+        struct sim_disk *d = sim_disk_new();
+        bool seen;
+
+        assert_int_equal(run_with(&f, d, seed, sync_fails_then_succeeds, NULL), SIM_RETURNED);
+        seen = disk_byte(d, PATH, 0) == 'a';
+        sim_disk_power_cut(d, seed);
+        if (disk_byte(d, PATH, 0) != 'a') {
+            lost++;
+            shown += seen; /* the page cache still showed it */
+        }
+        sim_disk_free(d);
+    }
+    assert_true(lost && shown && shown < lost);
+}
+
+struct naming {
+    bool sync;
+};
+
+static void create_and_rename(void *arg)
+{
+    const struct naming *n = arg;
+    struct file *f = open_file("/dir/new", FILE_WRITE | FILE_CREATE);
+
+    assert_int_equal(write_byte(f, 0, 4, 'n', false), 0);
+    assert_int_equal(file_co_sync(f), 0);
+    assert_int_equal(file_co_close(f), 0);
+    assert_int_equal(file_co_rename("/dir/new", "/dir/name"), 0);
+    if (n->sync)
+        assert_int_equal(file_co_sync_dir("/dir"), 0);
+    f = open_file("/dir/extra", FILE_WRITE | FILE_CREATE);
+    assert_int_equal(file_co_close(f), 0);
+}
+
+static void test_sim__names_are_lost_without_a_sync_of_the_directory(void **state)
+{
+    unsigned old = 0;
+    unsigned new = 0;
+    unsigned extra = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct naming n = {.sync = seed % 4 == 0};
+        struct sim_disk *d = sim_disk_new();
+        char c;
+
+        sim_disk_write(d, "/dir/name", 0, "oooo", 4);
+        assert_int_equal(run_on(d, seed, create_and_rename, &n), SIM_RETURNED);
+        sim_disk_power_cut(d, seed);
+        c = disk_byte(d, "/dir/name", 0); /* one or the other, never none */
+        assert_true(c == 'n' || (c == 'o' && !n.sync));
+        old += c == 'o';
+        new += c == 'n' && !n.sync;
+        if (n.sync || c == 'n')
+            assert_int_equal(sim_disk_size(d, "/dir/new"), -ENOENT);
+        extra += sim_disk_size(d, "/dir/extra") == -ENOENT;
+        sim_disk_free(d);
+    }
+    assert_true(old && new &&extra);
+}
+
+static void test_sim__tmpfs_is_empty_after_a_power_cut(void **state)
+{
+    struct sim_disk *d = sim_disk_new();
+
+    (void)state;
+    sim_disk_write(d, "/run/cairn/bits", 0, "x", 1);
+    sim_disk_write(d, "/var/bits", 0, "x", 1);
+    sim_disk_power_cut(d, 1);
+    assert_int_equal(sim_disk_size(d, "/run/cairn/bits"), -ENOENT);
+    assert_int_equal(sim_disk_size(d, "/var/bits"), 1);
+    sim_disk_free(d);
+}
+
+/* A record that counts up; after each step the old or the new value is there, whenever the process dies. */
+static void count_up(void *arg)
+{
+    uint64_t *done = arg;
+    struct file *f = open_file(PATH, FILE_READ | FILE_WRITE);
+
+    for (unsigned i = 1; i <= 5; i++) {
+        assert_int_equal(write_byte(f, 0, 512, (char)i, false), 0);
+        assert_int_equal(file_co_sync(f), 0);
+        *done = i;
+    }
+    assert_int_equal(file_co_close(f), 0);
+}
+
+static void test_sim__process_can_be_killed_at_each_operation(void **state)
+{
+    unsigned ahead = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        for (unsigned k = 1;; k++) {
+            struct sim_disk *d = sim_disk_new();
+            struct sim_options o;
+            uint64_t done = 0;
+            enum sim_end end;
+            char c;
+
+            sim_options_init(&o, seed);
+            sim_disk_write(d, PATH, 0, "\0", 1);
+            o.disk = d;
+            o.may_end_early = true;
+            o.kill_at_op = k;
+            end = sim_run(&o, count_up, &done);
+            sim_disk_power_cut(d, seed + k);
+            c = disk_byte(d, PATH, 0);
+            if (c < (char)done || c > (char)done + 1)
+                fail_msg("killed at %u: %lu were done, %d is there", k, done, c);
+            ahead += c > (char)done;
+            sim_disk_free(d);
+            if (end == SIM_RETURNED)
+                break;
+            assert_int_equal(end, SIM_KILLED);
+        }
+    }
+    assert_true(ahead > 0);
+}
+
+static void sleep_long(void *arg)
+{
+    (void)arg;
+    co_sleep_until(LOOP_FOREVER - 1);
+}
+
+static void kill_myself(void *arg)
+{
+    (void)arg;
+    sim_kill();
+}
+
+static void test_sim__process_can_be_killed_at_a_time(void **state)
+{
+    struct sim_options o;
+
+    (void)state;
+    sim_options_init(&o, 1);
+    o.may_end_early = true;
+    o.kill_at_ns = 5 * NS_PER_S;
+    assert_int_equal(sim_run(&o, sleep_long, NULL), SIM_KILLED);
+    assert_int_equal(sim_run(&o, kill_myself, NULL), SIM_KILLED);
+}
+
+/* ---- faults of sockets ---- */
+
+struct talk {
+    struct socket *listener;
+    struct socket *client;
+    struct socket *server;
+};
+
+static void talk_begin(struct talk *t)
+{
+    struct socket_address a = {.family = SOCKET_INET, .host = "localhost", .port = "10809"};
+    struct error *err = NULL;
+
+    assert_int_equal(socket_co_listen(&t->listener, &a, &err), 0);
+    a.host = "127.0.0.1";
+    if (socket_co_connect(&t->client, &a, LOOP_FOREVER, &err) < 0)
+        fail_msg("%s", error_text(err));
+    assert_int_equal(socket_co_accept(t->listener, &t->server, LOOP_FOREVER), 0);
+}
+
+static void talk_end(struct talk *t)
+{
+    socket_free(t->client);
+    socket_free(t->server);
+    socket_free(t->listener);
+}
+
+static void reset_talk(void *arg)
+{
+    struct talk t;
+    char c = 'x';
+    struct iovec iov = {&c, 1};
+
+    (void)arg;
+    talk_begin(&t);
+    assert_int_equal(socket_co_send(t.client, &iov, 1, LOOP_FOREVER), 0);
+    iov = (struct iovec){&c, 1};
+    assert_int_equal(socket_co_send(t.client, &iov, 1, LOOP_FOREVER), -ECONNRESET);
+    assert_int_equal(socket_co_recv(t.server, &c, 1, LOOP_FOREVER), -ECONNRESET);
+    talk_end(&t);
+}
+
+static void test_sim__connection_is_reset_at_the_kth_send(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {
+            .name = "localhost:10809", .ops = SIM_OP(IO_SEND), .kind = SIM_RESET, .at = 2};
+
+        assert_int_equal(run_with(&f, NULL, seed, reset_talk, NULL), SIM_RETURNED);
+        assert_int_equal(f.fired, 1);
+    }
+}
+
+static void half_open_talk(void *arg)
+{
+    struct talk t;
+    char *buf = xalloc(1, 1 << 20);
+    struct iovec iov = {buf, 1 << 20};
+
+    (void)arg;
+    talk_begin(&t);
+    /* The buffers fill; nothing arrives; nobody is told. */
+    assert_int_equal(socket_co_send(t.client, &iov, 1, loop_clock() + 60 * NS_PER_S), -ETIMEDOUT);
+    assert_int_equal(socket_co_recv(t.server, buf, 1, loop_clock() + 60 * NS_PER_S), -ETIMEDOUT);
+    free(buf);
+    talk_end(&t);
+}
+
+static void test_sim__half_open_connection_swallows_everything(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {.ops = SIM_OP(IO_SEND), .kind = SIM_HALF_OPEN, .at = 1};
+
+        assert_int_equal(run_with(&f, NULL, seed, half_open_talk, NULL), SIM_RETURNED);
+    }
+}
+
+static void slow_talk(void *arg)
+{
+    struct talk t;
+    char c = 'x';
+    struct iovec iov = {&c, 1};
+    uint64_t begin;
+
+    (void)arg;
+    talk_begin(&t);
+    begin = loop_clock();
+    assert_int_equal(socket_co_send(t.client, &iov, 1, LOOP_FOREVER), 0);
+    assert_true(loop_clock() - begin >= 3 * NS_PER_S);
+    assert_int_equal(socket_co_recv(t.server, &c, 1, LOOP_FOREVER), 1);
+    talk_end(&t);
+}
+
+static void test_sim__sends_can_be_slow(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {.ops = SIM_OP(IO_SEND),
+                              .kind = SIM_DELAY,
+                              .delay_ns = 3 * NS_PER_S,
+                              .at = 1,
+                              .times = 2}; /* the attempt and the wait */
+
+        assert_int_equal(run_with(&f, NULL, seed, slow_talk, NULL), SIM_RETURNED);
+    }
+}
+
+static void connect_nowhere(void *arg)
+{
+    struct socket_address a = {.family = SOCKET_INET, .host = "127.0.0.1", .port = "1"};
+    struct socket_address u = {.family = SOCKET_UNIX, .path = "/nobody"};
+    struct error *err = NULL;
+    struct socket *s;
+
+    (void)arg;
+    assert_int_equal(socket_co_connect(&s, &a, LOOP_FOREVER, &err), -ECONNREFUSED);
+    error_free(&err);
+    assert_int_equal(socket_co_connect(&s, &u, LOOP_FOREVER, &err), -ENOENT);
+    error_free(&err);
+}
+
+static void test_sim__connecting_to_nobody_is_refused(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(NULL, seed, connect_nowhere, NULL), SIM_RETURNED);
+}
+
+static void connect_hanging(void *arg)
+{
+    struct socket_address a = {.family = SOCKET_UNIX, .path = "/sock"};
+    struct error *err = NULL;
+    struct socket *listener;
+    struct socket *s;
+    uint64_t until = loop_clock() + 5 * NS_PER_S;
+
+    (void)arg;
+    assert_int_equal(socket_co_listen(&listener, &a, &err), 0);
+    assert_int_equal(socket_co_listen(&s, &a, &err), -EADDRINUSE);
+    error_free(&err);
+    assert_int_equal(socket_co_connect(&s, &a, until, &err), -ETIMEDOUT);
+    error_free(&err);
+    assert_true(loop_clock() >= until);
+    socket_free(listener);
+}
+
+static void test_sim__hanging_connect_ends_at_its_deadline(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct sim_fault f = {
+            .name = "unix:/sock", .ops = SIM_OP(IO_CONNECT), .kind = SIM_HANG, .at = 1};
+
+        assert_int_equal(run_with(&f, NULL, seed, connect_hanging, NULL), SIM_RETURNED);
+    }
+}
+
+static void unread_at_close(void *arg)
+{
+    struct talk t;
+    char c = 'x';
+    struct iovec iov = {&c, 1};
+
+    (void)arg;
+    talk_begin(&t);
+    assert_int_equal(socket_co_send(t.client, &iov, 1, LOOP_FOREVER), 0);
+    t.server = socket_free(t.server);
+    assert_int_equal(socket_co_recv(t.client, &c, 1, LOOP_FOREVER), -ECONNRESET);
+    talk_end(&t);
+}
+
+static void test_sim__closing_with_unread_data_resets(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        assert_int_equal(run_on(NULL, seed, unread_at_close, NULL), SIM_RETURNED);
+}
