@@ -60,6 +60,7 @@ int file_co_open(struct file **ret, const char *path, unsigned flags, unsigned m
     f->flags = flags;
     f->path = xstrdup(path);
     f->workers = worker_pool_new(WORKERS_PER_FILE);
+    file_sync_init(&f->sync);
     if (op) {
         op->file = f;
         op->len = mode;
@@ -185,7 +186,15 @@ static int64_t co_fn transfer_once(struct file *f, enum io_op_kind kind, uint64_
         op->iov = op->iov_copy;
         op->owns_memory = hold != NULL;
     }
+    if (durable)
+        file_sync_begin(op);
     return op_co_run(op, LOOP_FOREVER);
+}
+
+/* A direct read that ends within a unit has met the end of the file, and cannot be continued there. */
+static bool ends_within_unit(const struct file *f, size_t done)
+{
+    return (f->flags & FILE_DIRECT) && done % f->info.offset_align;
 }
 
 /* Goes on after short transfers until all is done or, reading, the file ends. */
@@ -200,7 +209,7 @@ static int64_t co_fn transfer(struct file *f, enum io_op_kind kind, uint64_t off
     if (likely(n == (int64_t)total) || n < 0)
         return n;
     done = (size_t)n;
-    while (n > 0 && done < total) {
+    while (n > 0 && done < total && !(kind == IO_READ && ends_within_unit(f, done))) {
         struct iov_rest rest;
 
         if (iov_rest_init(&rest, iov, iov_count, done) < 0)
@@ -229,11 +238,6 @@ int file_co_write(struct file *f, uint64_t offset, const struct iovec *iov, int 
         return (int)n;
     return (size_t)n == iov_bytes(iov, iov_count) ? 0
                                                   : -EIO; /* a write of 0 bytes is no progress */
-}
-
-int file_co_sync(struct file *f)
-{
-    return file_op_run(file_op(f, IO_SYNC));
 }
 
 static int co_fn range_op(struct file *f, enum io_op_kind kind, uint64_t offset, uint64_t len)

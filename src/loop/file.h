@@ -77,7 +77,10 @@ int64_t co_fn file_co_read(struct file *f, uint64_t offset, const struct iovec *
 int co_fn file_co_write(struct file *f, uint64_t offset, const struct iovec *iov, int iov_count,
                         bool durable, struct iobuf *hold);
 
-/* Data and what is needed to read it back are on stable storage. */
+/*
+ * What was written before, and what is needed to read it back, is on stable storage. Those who ask at the same time share one
+ * sync. A failure is final for the file: the kernel may have dropped what it could not write, and would tell it once only.
+ */
 int co_fn file_co_sync(struct file *f);
 
 /* The range reads as zeroes and holds no space afterwards; -EOPNOTSUPP where the file system or device cannot. */

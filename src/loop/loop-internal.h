@@ -7,6 +7,7 @@
 #include "base/macros.h"
 #include "loop/co.h"
 #include "loop/fiber.h"
+#include "loop/lock.h"
 #include "loop/loop.h"
 #include "loop/op.h"
 #include "loop/scope.h"
@@ -124,8 +125,31 @@ struct socket {
     struct io_op *recv_op; /* waiting for readiness: threads engine */
     struct io_op *send_op;
     struct loop *registered; /* with this loop's epoll: threads engine */
-    bool listens; /* sim engine, as below */
+    bool listens;            /* sim engine, as below */
     void *sim;
+};
+
+/*
+ * Who asks for data on stable storage, and who gets to know of the failure: the kernel tells of lost pages once per open file,
+ * to the sync that asks first, and the next one succeeds without them. So one failure is final for all who ask later, and a
+ * success counts only when nothing else that might have been told is still under way.
+ *
+ * SYNC-1 One sync at a time. Whoever asks meanwhile waits for the next one, which serves all of them.
+ * SYNC-2 Durable writes are told as well. They are counted in the half of the current turn; a sync that succeeds begins a new
+ *        turn and waits for those of the old one.
+ * SYNC-3 Results are noted where operations complete, so that those whose waiters have left count too.
+ */
+struct file_sync {
+    struct tiny_lock lock;
+    /* Protected by lock. */
+    struct wait_queue queue;
+    bool running;   /* a sync, or the wait for durable writes after it: then */
+    bool settling;  /* is true too */
+    uint64_t begun; /* syncs, ever */
+    uint64_t done;  /* the newest that has succeeded */
+    unsigned turn;
+    unsigned writes[2]; /* durable ones under way, by turn & 1 */
+    int error;          /* of the first that failed: final */
 };
 
 struct file {
@@ -141,6 +165,7 @@ struct file {
     struct file_info info;
     struct worker_pool *workers;
     void *sim;
+    struct file_sync sync;
 };
 
 /* Makes the loop of the calling thread, with this engine. */
@@ -174,6 +199,11 @@ struct fiber *co_current_fiber(struct loop *loop);
 void op_pool_release(struct loop *loop);
 void iobuf_pool_release(struct loop *loop);
 
+/* Syncs and durable writes (file-sync.c): around each of them; its file is alive. */
+void file_sync_init(struct file_sync *s);
+void file_sync_begin(struct io_op *op);
+void file_sync_end(const struct io_op *op, int64_t result);
+
 /* Frees what a closed file or socket is made of. */
 void file_release(struct file *f);
 
@@ -189,6 +219,7 @@ struct co {
     struct list all_link;
     struct co_wait *wait; /* what it is suspended in */
     unsigned shield;
+    bool interrupted;
     bool ready;
     struct co *next_free;
     void *map;

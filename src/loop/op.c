@@ -56,6 +56,8 @@ void op_complete(struct io_op *op, int64_t result)
     assert(loop == loop_self() && loop->live_ops);
     loop->live_ops--;
     op->result = result;
+    if (op->is_sync)
+        file_sync_end(op, result);
     if (!op->detached) {
         co_wait_end(&op->wait, 0);
         return;
@@ -96,6 +98,8 @@ int64_t op_co_run(struct io_op *op, uint64_t deadline_ns)
     if (loop->engine->try_inline(op)) {
         loop->counters.inline_ops++;
         result = op->result;
+        if (op->is_sync)
+            file_sync_end(op, result);
         op_free(op);
         return result;
     }

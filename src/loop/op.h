@@ -43,6 +43,7 @@ struct io_op {
     enum io_op_kind kind;
     bool detached;    /* the waiter has left */
     bool durable;     /* IO_WRITE */
+    bool is_sync;     /* between file_sync_begin() and file_sync_end() */
     bool any_content; /* IO_PUNCH: the range need not read as zeroes */
     bool owns_memory; /* all memory that it refers to lives as long as the operation */
     struct loop *loop;
@@ -60,6 +61,7 @@ struct io_op {
     int iov_count;
     struct iovec iov_copy[IO_OP_IOV];
 
+    unsigned sync_turn; /* a durable write's */
     enum file_lock lock;
     struct file_extent *extents; /* IO_EXTENTS: `len` bytes from `offset`, at most `extents_max` */
     unsigned extents_max;

@@ -3,7 +3,7 @@
  * file, host_device: a regular file, a block or character device of the host.
  *
  * A failed sync is final: the kernel may have dropped the pages that it could not write, and the next sync would succeed
- * without them (I3). The loop's file remembers it: all later flushes, and writes with FUA, fail as well.
+ * without them (I3). The loop's file remembers it: all later flushes fail as well, until the node is opened anew.
  */
 #include "base/atomic.h"
 #include "base/checked.h"
