@@ -35,6 +35,8 @@ struct qmp_service {
     unsigned minor;
     unsigned micro;
     const char *package;
+    /* What the commands act on: for their handlers. */
+    void *owner;
 };
 
 /* Embedded by the server in what it keeps for a connection. Only touched on the control thread. */

@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Commands that make, remove, resize and list nodes. */
+#include "base/alloc.h"
+#include "base/macros.h"
+#include "control/control.h"
+#include "graph/backend.h"
+#include "graph/driver.h"
+#include "schema-dispatch.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+
+int qmp_blockdev_add(struct qmp_session *session, const struct node_options *args,
+                     struct error **err)
+{
+    return graph_co_add(control_of(session)->graph, args, err);
+}
+
+int qmp_blockdev_del(struct qmp_session *session, const struct blockdev_del_args *args,
+                     struct error **err)
+{
+    return graph_co_del(control_of(session)->graph, args->node_name, err);
+}
+
+/* A user of the node for as long as it takes: who does not tolerate that the size changes is named by the refusal. */
+static int co_fn control_fn resize(struct graph *graph, const char *name, uint64_t size,
+                                   struct error **err)
+{
+    struct access access = {.wants = ACCESS_RESIZE, .tolerates = ACCESS_ALL};
+    struct request req = {.kind = REQUEST_RESIZE, .offset = size};
+    struct backend *b;
+    int r = backend_co_new(&b, graph, name, access, "block_resize", err);
+
+    if (r < 0)
+        return r;
+    r = backend_attach(b);
+    if (r == 0)
+        r = backend_co_request(b, &req);
+    if (r == -EOPNOTSUPP)
+        error_set(err, -r, "node '%s' cannot be resized: its driver '%s' does not support it", name,
+                  node_driver(backend_node(b))->name);
+    else if (r < 0)
+        error_set(err, -r, "cannot resize node '%s' to %" PRIu64 " bytes: %s", name, size,
+                  strerror(-r));
+    backend_co_free(b);
+    return r;
+}
+
+int qmp_block_resize(struct qmp_session *session, const struct block_resize_args *args,
+                     struct error **err)
+{
+    const char *name = args->node_name ? args->node_name : args->device;
+
+    if (!args->node_name == !args->device)
+        return error_set(err, EINVAL, "give one of 'device' and 'node-name': both name a node");
+    if (args->size > NODE_SIZE_MAX)
+        return error_set(err, EFBIG, "size %" PRIu64 " is more than %" PRId64 " bytes", args->size,
+                         (int64_t)NODE_SIZE_MAX);
+    return resize(control_of(session)->graph, name, args->size, err);
+}
+
+/* The node that answers for this one when its own driver cannot: its file, and so on. NULL at the bottom. */
+static const struct node *node_below(const struct node *node)
+{
+    const struct edge *file = node_file(node);
+
+    return file ? edge_node(file) : NULL;
+}
+
+static char *file_text(const struct node *node)
+{
+    for (const struct node *n = node; n; n = node_below(n)) {
+        const struct driver *driver = node_driver(n);
+
+        if (driver->filename)
+            return xstrdup(driver->filename(n));
+    }
+    return xasprintf("%s://", node_driver(node)->name);
+}
+
+static bool allocated(const struct node *node, uint64_t *ret_bytes)
+{
+    for (const struct node *n = node; n; n = node_below(n)) {
+        const struct driver *driver = node_driver(n);
+
+        if (driver->allocated_bytes) {
+            *ret_bytes = driver->allocated_bytes(n);
+            return true;
+        }
+    }
+    return false;
+}
+
+static void describe(const struct node *node, struct block_device_info *ret)
+{
+    const struct node_settings *settings = node_settings(node);
+
+    ret->file = file_text(node);
+    ret->node_name = xstrdup(node_name(node));
+    ret->ro = settings->read_only;
+    ret->drv = xstrdup(node_driver(node)->name);
+    ret->detect_zeroes = DETECT_ZEROES_MODE_OFF;
+    ret->image.filename = xstrdup(ret->file);
+    ret->image.format = xstrdup(ret->drv);
+    ret->image.virtual_size = node_size(node);
+    ret->image.has_actual_size = allocated(node, &ret->image.actual_size);
+    ret->cache.writeback = true;
+    ret->cache.direct = settings->direct;
+    ret->cache.no_flush = settings->no_flush;
+}
+
+static void count_node(struct node *node, void *arg)
+{
+    (void)node;
+    ++*(size_t *)arg;
+}
+
+static void add_description(struct node *node, void *arg)
+{
+    struct block_device_info_array *list = arg;
+
+    describe(node, &list->items[list->count++]);
+}
+
+int qmp_query_named_block_nodes(struct qmp_session *session,
+                                const struct query_named_block_nodes_args *args,
+                                struct block_device_info_array *ret, struct error **err)
+{
+    struct graph *graph = control_of(session)->graph;
+    size_t count = 0;
+
+    (void)args; /* flat: there are no backing images to be left out */
+    graph_for_each_node(graph, count_node, &count);
+    ret->items = try_new_n(struct block_device_info, MAX(count, (size_t)1));
+    if (!ret->items)
+        return error_set(err, ENOMEM, "no memory for a list of %zu nodes", count);
+    graph_for_each_node(graph, add_description, ret);
+    return 0;
+}
+
+int qmp_query_block(struct qmp_session *session, struct block_info_array *ret, struct error **err)
+{
+    (void)session;
+    (void)ret; /* there are no devices: the list stays empty */
+    (void)err;
+    return 0;
+}
