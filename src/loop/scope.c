@@ -148,12 +148,15 @@ static void remote_empty(struct co_scope *s)
 static void remote_start(struct loop_message *m)
 {
     struct remote_call *c = container_of(m, struct remote_call, start);
+    int r;
 
     co_scope_init(&c->scope);
     c->scope.on_empty = remote_empty;
-    c->result = co_scope_start(&c->scope, c->fn, c->arg);
-    if (c->result)
-        remote_empty(&c->scope);
+    r = co_scope_start(&c->scope, c->fn, c->arg);
+    if (r == 0)
+        return; /* fn may have ended, and the frame with it */
+    c->result = r;
+    remote_empty(&c->scope);
 }
 
 int loop_co_call(struct loop *on, co_entry_fn *fn, void *arg)
