@@ -52,7 +52,7 @@ static int block_device_info(int fd, struct file_info *info)
     return 0;
 }
 
-/* What direct I/O asks of memory and offsets. Where the kernel does not say: a page, which always works. */
+/* What direct I/O asks of memory and offsets. Where the kernel does not say: a logical block, or a page, which always works. */
 static void direct_alignment(const struct file *f, const struct statx *st, struct file_info *info)
 {
     info->memory_align = 1;
@@ -63,8 +63,8 @@ static void direct_alignment(const struct file *f, const struct statx *st, struc
         info->memory_align = st->stx_dio_mem_align;
         info->offset_align = st->stx_dio_offset_align;
     } else {
-        info->memory_align = 4096;
         info->offset_align = info->logical_block_size ? info->logical_block_size : 4096;
+        info->memory_align = info->offset_align;
     }
 }
 

@@ -101,7 +101,8 @@ static int check_type(const struct file *file, bool want_device, struct error **
 static int set_geometry(struct node *node, const struct file *file, struct error **err)
 {
     const struct file_info *info = file_info(file);
-    unsigned unit = MAX(info->offset_align, info->logical_block_size);
+    unsigned device_unit = MAX(info->logical_block_size, info->memory_align);
+    unsigned unit = MAX(info->offset_align, device_unit);
 
     if (info->size > (uint64_t)NODE_SIZE_MAX - unit)
         return error_set(err, EFBIG, "file '%s' is larger than %lld bytes", file_path(file),
