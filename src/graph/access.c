@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Who may do what with a node: sums, conflicts, and how access goes down. */
+/*
+ * Who may do what with a node: sums, conflicts, and how access goes down. Everything here is computed for the graph as it
+ * will be: with what is pending on edges, and with edges at the nodes that they are about to move to.
+ */
 #include "graph/access.h"
 #include "base/macros.h"
+#include "graph/access-internal.h"
 #include "graph/graph-internal.h"
 
 #include <errno.h>
@@ -21,18 +25,42 @@ const char *access_text(unsigned bits, char *buf)
     return buf;
 }
 
-/* What is being asked for, before it is granted. */
 static struct access edge_access(const struct edge *e)
 {
     return e->is_pending ? e->pending : e->access;
 }
 
+/* The users that a node will have: its parents that stay, then those that arrive. */
+static const struct edge *user_at(const struct node *node, struct list *l)
+{
+    for (; l != &node->parents; l = l->next) {
+        const struct edge *e = container_of(l, struct edge, child_link);
+
+        if (!e->moving_to)
+            return e;
+    }
+    return list_first(&node->arriving, struct edge, arriving_link);
+}
+
+static const struct edge *first_user(const struct node *node)
+{
+    return user_at(node, node->parents.next);
+}
+
+static const struct edge *next_user(const struct node *node, const struct edge *e)
+{
+    if (e->moving_to != node)
+        return user_at(node, e->child_link.next);
+    return e->arriving_link.next == &node->arriving
+               ? NULL
+               : list_entry(e->arriving_link.next, struct edge, arriving_link);
+}
+
 struct access node_access_sum(const struct node *node)
 {
     struct access sum = ACCESS_NONE;
-    const struct edge *e;
 
-    list_for_each (&node->parents, e, child_link) {
+    for (const struct edge *e = first_user(node); e; e = next_user(node, e)) {
         struct access a = edge_access(e);
 
         sum.wants |= a.wants;
@@ -61,21 +89,19 @@ static int conflict(const struct node *node, const struct edge *wanter, const st
                      edge_parent_text(wanter), wants, node->name, edge_parent_text(refuser));
 }
 
-/* Linear: a conflict is a bit that one edge wants and another one refuses. */
+/* A conflict is a bit that one edge wants and another one refuses. Linear when there is none. */
 static int check_node(const struct node *node, struct error **err)
 {
     struct access sum = node_access_sum(node);
-    const struct edge *a;
-    const struct edge *b;
 
     if (node->settings.read_only && (sum.wants & (ACCESS_WRITE | ACCESS_RESIZE)))
         return error_set(err, EPERM, "node '%s' is read-only", node->name);
     if (!(sum.wants & ~sum.tolerates))
         return 0;
-    list_for_each (&node->parents, a, child_link) {
+    for (const struct edge *a = first_user(node); a; a = next_user(node, a)) {
         if (!(edge_access(a).wants & ~sum.tolerates))
             continue;
-        list_for_each (&node->parents, b, child_link) {
+        for (const struct edge *b = first_user(node); b; b = next_user(node, b)) {
             if (a != b && (edge_access(a).wants & ~edge_access(b).tolerates))
                 return conflict(node, a, b, err);
         }
@@ -83,82 +109,102 @@ static int check_node(const struct node *node, struct error **err)
     return 0;
 }
 
-/* The edges of one access_change(), to be committed or forgotten together, in the order in which they were reached. */
-#define WALK_MAX 256
-
-struct access_walk {
-    struct edge *edges[WALK_MAX];
-    unsigned count;
-};
-
-static int walk_down(struct access_walk *walk, struct edge *edge, struct access access,
-                     struct error **err)
+static int walk_node(struct access_walk *walk, struct node *node, struct error **err)
 {
-    struct node *node = edge->node;
     struct edge *child;
-    int r;
+    int r = check_node(node, err);
 
-    if (!edge->is_pending) {
-        if (walk->count == WALK_MAX)
-            return error_set(err, E2BIG, "more than %d edges below node '%s'", WALK_MAX,
-                             node->name);
-        walk->edges[walk->count++] = edge;
-    }
-    edge->is_pending = true;
-    edge->pending = access;
-    r = check_node(node, err);
     if (r < 0)
         return r;
+    if (walk->node_count == ACCESS_WALK_MAX)
+        return error_set(err, E2BIG, "more than %d nodes below node '%s'", ACCESS_WALK_MAX,
+                         node->name);
+    walk->nodes[walk->node_count++] = node;
     list_for_each (&node->children, child, parent_link) {
         struct access below = access_below(node);
 
         if (below.wants == edge_access(child).wants &&
             below.tolerates == edge_access(child).tolerates)
             continue;
-        r = walk_down(walk, child, below, err);
+        r = access_walk_edge(walk, child, below, err);
         if (r < 0)
             return r;
     }
     return 0;
 }
 
-/* Drivers that guard their access: those before the failing one get their old access back, which they held a moment ago. */
-static int co_fn control_fn tell_drivers(struct access_walk *walk, struct error **err)
+int access_walk_edge(struct access_walk *walk, struct edge *edge, struct access access,
+                     struct error **err)
 {
-    unsigned i;
+    if (!edge->is_pending) {
+        if (walk->edge_count == ACCESS_WALK_MAX)
+            return error_set(err, E2BIG, "more than %d edges below node '%s'", ACCESS_WALK_MAX,
+                             edge->node->name);
+        walk->edges[walk->edge_count++] = edge;
+    }
+    edge->is_pending = true;
+    edge->pending = access;
+    return walk_node(walk, edge->moving_to ? edge->moving_to : edge->node, err);
+}
+
+int access_walk_node(struct access_walk *walk, struct node *node, struct error **err)
+{
+    return walk_node(walk, node, err);
+}
+
+/*
+ * A driver that guards its access keeps what it holds while writes of its node have not ended: nobody else may come near what
+ * they will still change (G9).
+ */
+static int co_fn control_fn set_access(struct node *node, struct access access, struct error **err)
+{
+    if (!node->driver->co_set_access || node_unresolved(node))
+        return 0;
+    return node->driver->co_set_access(node, access, err);
+}
+
+int access_co_prepare(struct access_walk *walk, struct error **err)
+{
     int r = 0;
 
-    for (i = 0; i < walk->count && r == 0; i++) {
-        struct node *node = walk->edges[i]->node;
+    for (; walk->told < walk->node_count && r == 0; walk->told++)
+        r = set_access(walk->nodes[walk->told], node_access_sum(walk->nodes[walk->told]), err);
+    return r;
+}
 
-        if (node->driver->co_set_access)
-            r = node->driver->co_set_access(node, node_access_sum(node), err);
+void access_commit(struct access_walk *walk)
+{
+    for (unsigned i = 0; i < walk->edge_count; i++) {
+        walk->edges[i]->access = walk->edges[i]->pending;
+        walk->edges[i]->is_pending = false;
     }
-    while (r < 0 && --i > 0) {
-        struct node *node = walk->edges[i - 1]->node;
+    for (unsigned i = 0; i < walk->node_count; i++)
+        walk->nodes[i]->access = node_access_sum(walk->nodes[i]);
+}
+
+/* Those that were told get their old access back, which they held a moment ago. */
+void access_co_abort(struct access_walk *walk)
+{
+    for (unsigned i = 0; i < walk->edge_count; i++)
+        walk->edges[i]->is_pending = false;
+    while (walk->told) {
+        struct node *node = walk->nodes[--walk->told];
         AUTO(error_free) struct error *ignored = NULL;
 
-        if (node->driver->co_set_access)
-            (void)node->driver->co_set_access(node, node->access, &ignored);
+        (void)set_access(node, node->access, &ignored);
     }
-    return r;
 }
 
 int access_change(struct edge *edge, struct access access, struct error **err)
 {
-    struct access_walk walk = {.count = 0};
-    int r = walk_down(&walk, edge, access, err);
+    struct access_walk walk = {.edge_count = 0};
+    int r = access_walk_edge(&walk, edge, access, err);
 
     if (r == 0)
-        r = tell_drivers(&walk, err);
-    for (unsigned i = 0; i < walk.count; i++) {
-        struct edge *e = walk.edges[i];
-
-        if (r == 0)
-            e->access = e->pending;
-        e->is_pending = false;
-    }
-    for (unsigned i = 0; i < walk.count && r == 0; i++)
-        walk.edges[i]->node->access = node_access_sum(walk.edges[i]->node);
+        r = access_co_prepare(&walk, err);
+    if (r == 0)
+        access_commit(&walk);
+    else
+        access_co_abort(&walk);
     return r;
 }

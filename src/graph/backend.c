@@ -3,23 +3,15 @@
 #include "graph/backend.h"
 #include "base/alloc.h"
 #include "base/atomic.h"
+#include "base/log.h"
 #include "base/macros.h"
+#include "graph/backend-internal.h"
 #include "graph/change.h"
 #include "graph/graph-internal.h"
+#include "loop/co.h"
 
 #include <errno.h>
 #include <stdlib.h>
-
-struct backend {
-    struct edge *root; /* changes behind the closed gate */
-    struct gate gate;
-    struct stats *stats[LOOP_MAX]; /* each set once, by its own loop; atomic */
-
-    /* Control thread. */
-    struct graph *graph;
-    struct list link; /* in graph->backends */
-    char *owner;
-};
 
 int backend_co_new(struct backend **ret, struct graph *graph, const char *node_name,
                    struct access access, const char *owner, struct error **err)
@@ -40,6 +32,7 @@ int backend_co_new(struct backend **ret, struct graph *graph, const char *node_n
         gate_init(&b->gate);
         b->graph = graph;
         b->owner = xstrdup(owner);
+        list_init(&b->change_link);
         list_append(&graph->backends, &b->link);
         node->refs++;
         b->root = edge_new(NULL, b, node, "root");
@@ -47,14 +40,33 @@ int backend_co_new(struct backend **ret, struct graph *graph, const char *node_n
     }
     change_end(&change);
     if (r < 0) {
-        if (b) {
-            gate_close(&b->gate);
-            (void)backend_co_free(b);
-        }
+        (void)backend_co_free(b);
         return r;
     }
     *ret = b;
     return 0;
+}
+
+void backend_set_owner_node(struct backend *b, struct node *owner)
+{
+    b->owner_node = owner;
+}
+
+/* G7: cuts what does not come to an end. */
+static void co_fn control_fn drain_or_cut(struct backend *b)
+{
+    AUTO(error_free) struct error *late = NULL;
+    AUTO(error_free) struct error *ignored = NULL;
+
+    if (gate_co_drained(&b->gate, b->owner, loop_clock() + b->graph->change_deadline_ns, &late) ==
+        0)
+        return;
+    log_warning("%s: cutting it off from node '%s', answering its requests with an error",
+                error_text(late), b->root->node->name);
+    atomic_set(&b->root->cut, 1u);
+    gate_cut(&b->gate);
+    (void)gate_co_drained(&b->gate, b->owner, LOOP_FOREVER,
+                          &ignored); /* no deadline: cannot fail */
 }
 
 struct backend *backend_co_free(struct backend *b)
@@ -64,14 +76,14 @@ struct backend *backend_co_free(struct backend *b)
 
     if (!b)
         return NULL;
-    if (!gate_is_closed(&b->gate))
-        gate_close(&b->gate);
-    (void)gate_co_drained(&b->gate, b->owner, LOOP_FOREVER,
-                          &ignored); /* no deadline: cannot fail */
-    gate_co_release(&b->gate);
     change_init(&change, b->graph, "removal of %s", b->owner);
     change_co_hold(&change, b->root->node);
+    co_shield_begin();
+    gate_close(&b->gate);
+    drain_or_cut(b);
+    gate_co_release(&b->gate);
     (void)access_change(b->root, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
+    co_shield_end();
     node_co_unref(edge_free(b->root));
     change_end(&change);
     list_remove(&b->link);

@@ -28,7 +28,12 @@ struct backend;
 int co_fn control_fn backend_co_new(struct backend **ret, struct graph *graph,
                                     const char *node_name, struct access access, const char *owner,
                                     struct error **err);
-/* Waits for its requests, then lets go of the node. Nobody sends any more. Returns NULL. */
+/* Makes it a backend that a node has for its own use: it counts as drained only after all above that node (G2). */
+void backend_set_owner_node(struct backend *b, struct node *owner);
+/*
+ * Waits for its requests, then lets go of the node. Requests that have not ended at the change deadline are answered -EIO,
+ * and what the host still holds of them is left to it (G7). Nobody sends any more. Returns NULL.
+ */
 struct backend *co_fn control_fn backend_co_free(struct backend *b);
 
 /* On each loop that will send requests, once before the first. -ENOMEM. */

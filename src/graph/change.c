@@ -1,21 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Reservations. */
+/* Carrying a change out: prepare, close and drain, persist, commit, open; or back. */
 #include "graph/change.h"
 #include "base/alloc.h"
 #include "base/macros.h"
+#include "graph/backend-internal.h"
 #include "graph/graph-internal.h"
-#include "loop/co.h"
+#include "loop/scope.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <stdarg.h>
-#include <stdlib.h>
 
 void change_init(struct change *c, struct graph *graph, const char *fmt, ...)
 {
     va_list args;
 
     *c = (struct change){.graph = graph};
+    list_init(&c->actions);
+    list_init(&c->backends);
     va_start(args, fmt);
     c->what = xvasprintf(fmt, args);
     va_end(args);
@@ -30,150 +32,279 @@ int change_add_root(struct change *c, const char *node_name, struct error **err)
     return 0;
 }
 
-typedef const char *subtree_fn(struct node *node, struct change *c);
-
-/* Calls fn for a node and all below it until one returns non-NULL, which is returned. */
-static const char *for_subtree(struct node *node, subtree_fn *fn, struct change *c)
+void change_add_action(struct change *c, struct change_action *a,
+                       const struct change_action_ops *ops)
 {
-    const char *found = fn(node, c);
-    const struct edge *e;
-
-    list_for_each (&node->children, e, parent_link) {
-        if (found)
-            break;
-        found = for_subtree(e->node, fn, c);
-    }
-    return found;
+    a->ops = ops;
+    a->change = c;
+    a->stage = CHANGE_NEW;
+    list_append(&c->actions, &a->link);
 }
 
-static const char *holder_of(struct node *node, struct change *c)
+void change_set_insider(struct change *c, struct backend *b, change_insider_fn *fn, void *arg)
 {
-    return node->reserved_by && node->reserved_by != c ? node->reserved_by->what : NULL;
+    c->insider = b;
+    c->insider_fn = fn;
+    c->insider_arg = arg;
 }
 
-static const char *take_node(struct node *node, struct change *c)
+struct pass *action_pass(struct change_action *a)
 {
-    node->reserved_by = c;
-    return NULL;
+    return &a->change->pass;
 }
 
-static bool subtree_has(const struct node *node, const struct node *other)
+static int co_fn control_fn prepare_all(struct change *c, struct error **err)
 {
-    const struct edge *e;
+    struct change_action *a;
 
-    if (node == other)
-        return true;
-    list_for_each (&node->children, e, parent_link) {
-        if (subtree_has(e->node, other))
-            return true;
-    }
-    return false;
-}
+    list_for_each (&c->actions, a, link) {
+        int r = 0;
 
-/* Do the nodes of two waiting changes overlap? Conservative: compares each one's roots with the other's subtrees. */
-static bool changes_overlap(const struct change *a, const struct change *b)
-{
-    for (unsigned i = 0; i < a->root_count; i++) {
-        for (unsigned k = 0; k < b->root_count; k++) {
-            const struct node *na = graph_find(a->graph, a->roots[i]);
-            const struct node *nb = graph_find(b->graph, b->roots[k]);
-
-            if (na && nb && (subtree_has(na, nb) || subtree_has(nb, na)))
-                return true;
-        }
-    }
-    return false;
-}
-
-/* 1: all is free. 0: *ret_holder holds some of it, or came first for it. */
-static int can_hold(struct change *c, const char **ret_holder, struct error **err)
-{
-    struct change *other;
-
-    for (unsigned i = 0; i < c->root_count; i++) {
-        struct node *root;
-        int r = graph_need(c->graph, c->roots[i], &root, err);
-
+        if (a->node && a->node->needs_reopen)
+            return error_set(err, EIO,
+                             "node '%s' must be opened anew: its metadata could not be written for "
+                             "certain",
+                             a->node->name);
+        a->stage = CHANGE_PREPARED; /* also when it fails: abort takes back what there is */
+        if (a->ops->co_prepare)
+            r = a->ops->co_prepare(a, err);
         if (r < 0)
             return r;
-        *ret_holder = for_subtree(root, holder_of, c);
-        if (*ret_holder)
-            return 0;
     }
-    list_for_each (&c->graph->changes, other, link) {
-        if (other == c)
-            break;
-        if (!other->holds && changes_overlap(other, c)) {
-            *ret_holder = other->what;
-            return 0;
-        }
-    }
-    return 1;
-}
-
-static bool wait_cancel(struct co_wait *w)
-{
-    (void)w;
-    return true;
-}
-
-static int co_fn control_fn reserve_until(struct change *c, uint64_t deadline, struct error **err)
-{
-    const char *holder;
-    int r;
-
-    list_append(&c->graph->changes, &c->link);
-    while ((r = can_hold(c, &holder, err)) == 0) {
-        struct co_wait w;
-
-        co_wait_init(&w, wait_cancel);
-        c->wait = &w;
-        r = co_wait(&w, deadline);
-        c->wait = NULL;
-        if (r == -ETIMEDOUT)
-            return error_set(err, EBUSY, "%s: its nodes are held by %s", c->what, holder);
-        if (r < 0)
-            return error_set(err, -r, "%s was cancelled", c->what);
-    }
-    if (r < 0)
-        return r;
-    for (unsigned i = 0; i < c->root_count; i++)
-        (void)for_subtree(graph_find(c->graph, c->roots[i]), take_node, c);
-    c->holds = true;
     return 0;
 }
 
-int change_co_reserve(struct change *c, struct error **err)
+/* The backends whose requests can reach a node: above it, and those of their own that nodes above it have. */
+static void collect_above(struct change *c, struct node *node)
 {
-    return reserve_until(c, loop_clock() + c->graph->change_deadline_ns, err);
+    struct edge *e;
+
+    list_for_each (&node->parents, e, child_link) {
+        if (!e->backend) {
+            collect_above(c, e->parent);
+            continue;
+        }
+        if (list_empty(&e->backend->change_link))
+            list_append(&c->backends, &e->backend->change_link);
+        if (e->backend->owner_node)
+            collect_above(c, e->backend->owner_node);
+    }
 }
 
-void change_co_hold(struct change *c, const struct node *node)
+static void control_fn close_gates(struct change *c)
+{
+    struct backend *b;
+
+    for (unsigned i = 0; i < c->root_count; i++)
+        collect_above(c, graph_find(c->graph, c->roots[i]));
+    list_for_each (&c->backends, b, change_link) {
+        b->drained = false;
+        if (b != c->insider)
+            gate_close(&b->gate);
+    }
+}
+
+/* Is everything drained that can still send requests into this node? */
+static bool drained_above(const struct node *node)
+{
+    const struct edge *e;
+
+    list_for_each (&node->parents, e, child_link) {
+        if (e->backend ? !e->backend->drained : !drained_above(e->parent))
+            return false;
+    }
+    return true;
+}
+
+/* G2: those first that no node owns, then those of nodes above which all is drained. */
+static int co_fn control_fn drain_gates(struct change *c, struct error **err)
+{
+    bool progress = true;
+    struct backend *b;
+
+    while (progress) {
+        progress = false;
+        list_for_each (&c->backends, b, change_link) {
+            int r;
+
+            if (b->drained || b == c->insider || (b->owner_node && !drained_above(b->owner_node)))
+                continue;
+            r = gate_co_drained(&b->gate, b->owner, c->deadline_ns, err);
+            if (r < 0)
+                return r;
+            b->drained = true;
+            progress = true;
+        }
+    }
+    return 0;
+}
+
+/* A step of a change that may take until the deadline and no longer. */
+struct timed_call {
+    int (*fn)(struct change *c, struct error **err);
+    struct change *change;
+    struct error **err;
+    int result;
+};
+
+static void co_fn timed_main(void *arg)
+{
+    struct timed_call *call = arg;
+
+    call->result = call->fn(call->change, call->err);
+}
+
+static int co_fn control_fn run_timed(struct change *c,
+                                      int (*fn)(struct change *c, struct error **err),
+                                      struct error **err)
+{
+    struct timed_call call = {.fn = fn, .change = c, .err = err};
+    struct co_scope scope;
+    int r;
+
+    co_scope_init(&scope);
+    co_scope_set_deadline(&scope, c->deadline_ns);
+    r = co_scope_start(&scope, timed_main, &call);
+    co_scope_join(&scope);
+    return r < 0 ? error_set(err, -r, "%s: no memory for a coroutine", c->what) : call.result;
+}
+
+/* G3: the insider's last run, then its gate. */
+static int co_fn control_fn run_insider(struct change *c, struct error **err)
+{
+    return c->insider_fn(c, c->insider_arg, err);
+}
+
+static int co_fn control_fn drain_insider(struct change *c, struct error **err)
+{
+    int r;
+
+    if (!c->insider)
+        return 0;
+    r = run_timed(c, run_insider, err);
+    if (r < 0)
+        return r;
+    gate_close(&c->insider->gate);
+    r = gate_co_drained(&c->insider->gate, c->insider->owner, c->deadline_ns, err);
+    if (r == 0)
+        c->insider->drained = true;
+    return r == 0 ? drain_gates(c, err) : r; /* what a node below it owns */
+}
+
+static int co_fn control_fn persist_all(struct change *c, struct error **err)
+{
+    struct change_action *a;
+
+    list_for_each (&c->actions, a, link) {
+        int r;
+
+        if (!a->ops->co_persist)
+            continue;
+        a->stage = CHANGE_PERSISTED; /* also when it fails: part of it may be on the disk */
+        r = a->ops->co_persist(a, err);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+/*
+ * D3: the old state is written back, last action first. Where that fails, or where a write of the node has not even ended
+ * (G9), the node takes no more metadata writes.
+ */
+static void co_fn control_fn undo_persist(struct change *c)
+{
+    for (struct list *l = c->actions.prev; l != &c->actions; l = l->prev) {
+        struct change_action *a = list_entry(l, struct change_action, link);
+        AUTO(error_free) struct error *undo_error = NULL;
+        int r = 0;
+
+        if (a->stage != CHANGE_PERSISTED)
+            continue;
+        if (a->node && node_unresolved_below(a->node))
+            r = -EIO;
+        else if (a->ops->co_undo)
+            r = a->ops->co_undo(a, &undo_error);
+        if (r < 0 && a->node)
+            a->node->needs_reopen = true;
+    }
+}
+
+static int co_fn control_fn undo_timed(struct change *c, struct error **err)
+{
+    (void)err;
+    undo_persist(c);
+    return 0;
+}
+
+static void co_fn control_fn abort_all(struct change *c)
+{
+    for (struct list *l = c->actions.prev; l != &c->actions; l = l->prev) {
+        struct change_action *a = list_entry(l, struct change_action, link);
+
+        if (a->stage != CHANGE_NEW && a->ops->co_abort)
+            a->ops->co_abort(a);
+    }
+}
+
+static void control_fn open_gates(struct change *c)
+{
+    struct backend *b;
+
+    while ((b = list_first(&c->backends, struct backend, change_link))) {
+        list_remove(&b->change_link);
+        if (gate_is_closed(&b->gate))
+            gate_open(&b->gate);
+    }
+}
+
+static int co_fn control_fn run_behind_gates(struct change *c, struct error **err)
 {
     AUTO(error_free) struct error *ignored = NULL;
+    int r;
 
-    c->roots[c->root_count++] = node->name;
-    co_shield_begin();
-    (void)reserve_until(c, LOOP_FOREVER, &ignored); /* shielded, no deadline, and the node exists */
-    co_shield_end();
-    assert(c->holds);
+    close_gates(c);
+    r = drain_gates(c, err);
+    if (r == 0)
+        r = drain_insider(c, err);
+    if (r < 0)
+        return r;
+    r = run_timed(c, persist_all, err);
+    if (r < 0) {
+        /* Half a deadline more for the way back: the gates stay closed no longer than that. */
+        c->deadline_ns = loop_clock() + c->graph->change_deadline_ns / 2;
+        (void)run_timed(c, undo_timed, &ignored);
+    }
+    return r;
 }
 
-void change_end(struct change *c)
+int change_co_run(struct change *c, struct error **err)
 {
-    struct change *other;
-    struct node *node;
+    struct change_action *a;
+    int r;
 
-    list_for_each (&c->graph->nodes, node, link) {
-        if (node->reserved_by == c)
-            node->reserved_by = NULL;
+    c->upwards = true;
+    r = change_co_reserve(c, err);
+    if (r < 0)
+        return r;
+    c->deadline_ns = loop_clock() + c->graph->change_deadline_ns;
+    r = prepare_all(c, err);
+    if (r == 0)
+        r = run_behind_gates(c, err);
+    list_for_each (&c->actions, a, link) {
+        if (r == 0 && a->ops->commit)
+            a->ops->commit(a);
     }
-    list_remove(&c->link);
-    list_for_each (&c->graph->changes, other, link) {
-        if (other->wait && !other->wait->ended)
-            co_wait_end(other->wait, 0);
+    open_gates(c);
+    if (r < 0) {
+        abort_all(c);
+        return error_wrap(err, r, "%s", c->what);
     }
-    free(c->what);
+    list_for_each (&c->actions, a, link) {
+        if (a->ops->co_finish)
+            a->ops->co_finish(a);
+    }
+    return 0;
 }
 
 void graph_set_change_deadline(struct graph *g, uint64_t ns)

@@ -56,6 +56,9 @@ struct driver {
      */
     int (*co_set_access)(struct node *node, struct access access, struct error **err);
 
+    /* How many operations their requests have left (fenced, G7) and the host has not ended; NULL: there never are any. */
+    unsigned (*unresolved)(const struct node *node);
+
     /* What queries show; all may be NULL. The text belongs to the node. */
     const char *(*filename)(const struct node *node);
     uint64_t (*allocated_bytes)(const struct node *node);

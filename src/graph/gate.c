@@ -4,6 +4,7 @@
 #include "base/alloc.h"
 #include "base/atomic.h"
 #include "base/macros.h"
+#include "graph/node-internal.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -72,6 +73,21 @@ static void drained_returned(struct loop_message *m)
 
 static void request_returned(struct loop_message *m);
 
+/* G7: their waits end; the cut edge turns what comes of it into -EIO. */
+static void interrupt_cut(struct gate_slot *slot)
+{
+    struct pass *pass;
+
+    list_for_each (&slot->inside, pass, link) {
+        for (const struct pass_frame *f = pass->top; f; f = f->up) {
+            if (edge_is_cut(f->edge)) {
+                co_interrupt(pass->co);
+                break;
+            }
+        }
+    }
+}
+
 /* On the slot's loop: does what is wanted now. */
 static void obey(struct gate_slot *slot)
 {
@@ -94,6 +110,7 @@ static void obey(struct gate_slot *slot)
         co_wait_end(&w->wait, 0);
     }
     show(slot);
+    interrupt_cut(slot);
     report_if_drained(slot);
 }
 
@@ -238,6 +255,8 @@ int gate_park(struct pass *pass, uint64_t deadline_ns)
     struct gate_parked parked;
     int r;
 
+    if (!slot)
+        return co_sleep_until(deadline_ns); /* a change's own request: it is the drain */
     if (slot->closed)
         return -ERESTART;
     co_wait_init(&parked.wait, parked_cancel);
@@ -255,7 +274,6 @@ static void want(struct gate *gate, bool closed)
 {
     uint64_t wanted = atomic_get(&gate->wanted);
 
-    assert((wanted & 1) != closed);
     atomic_set(&gate->wanted, (((wanted >> 1) + 1) << 1) | closed);
     for (unsigned i = 0; i < LOOP_MAX; i++) {
         struct gate_slot *slot = atomic_get(&gate->slots[i]);
@@ -267,12 +285,19 @@ static void want(struct gate *gate, bool closed)
 
 void gate_close(struct gate *gate)
 {
+    assert(!gate_is_closed(gate));
     want(gate, true);
 }
 
 void gate_open(struct gate *gate)
 {
+    assert(gate_is_closed(gate));
     want(gate, false);
+}
+
+void gate_cut(struct gate *gate)
+{
+    want(gate, gate_is_closed(gate));
 }
 
 /* The first slot that is not drained; NULL if all are. */

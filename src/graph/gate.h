@@ -25,9 +25,9 @@ struct gate;
 /* How many nodes a pass remembers the first arrival at (G6). */
 #define PASS_REACHED 4
 
-/* A node that a request is in; the frames of a pass are its path through the graph, on its coroutine's stack. */
+/* An edge that a request has gone down; the frames of a pass are its path, on its coroutine's stack. */
 struct pass_frame {
-    struct node *node;
+    const struct edge *edge;
     struct pass_frame *up;
 };
 
@@ -41,7 +41,7 @@ struct pass {
     struct co *co;
     uint64_t number; /* order of arrival at this slot */
     uint64_t arrived_ns;
-    struct pass_frame *top; /* the deepest node it is in */
+    struct pass_frame *top; /* the deepest edge */
     enum request_kind kind;
     uint64_t offset;
     uint64_t len;
@@ -132,6 +132,8 @@ void control_fn gate_close(struct gate *gate);
 int co_fn control_fn gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns,
                                      struct error **err);
 void control_fn gate_open(struct gate *gate);
+/* After an edge below was cut: interrupts every request inside whose path leads over a cut edge (G7). */
+void control_fn gate_cut(struct gate *gate);
 bool gate_is_closed(const struct gate *gate);
 
 /* A picture for queries: sums over all loops. */

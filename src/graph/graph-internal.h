@@ -7,6 +7,7 @@
 #include "graph/change.h"
 #include "graph/graph.h"
 #include "graph/node-internal.h"
+#include "loop/scope.h"
 
 #define GRAPH_NAME_BUCKETS 1024
 
@@ -15,6 +16,8 @@ struct graph {
     struct list nodes;    /* struct node, oldest first */
     struct list backends; /* struct backend */
     struct list changes;  /* struct change */
+    struct list orphans;  /* struct node (G7) */
+    struct co_scope closers;
     struct node *names[GRAPH_NAME_BUCKETS];
     unsigned next_auto_name;
     uint64_t change_deadline_ns;
@@ -22,6 +25,9 @@ struct graph {
 
 /* Drops a reference; the last one closes the node and lets go of its children. The node is reserved. */
 void co_fn control_fn node_co_unref(struct node *node);
+
+/* Gives up what the host still holds, naming it in the log. True if there is anything. */
+bool co_fn control_fn graph_abandon_orphans(struct graph *g);
 
 /* What a node must ask of a child so that its own users get what they want. */
 struct access access_below(const struct node *parent);

@@ -4,8 +4,7 @@
  *
  * GRAPH-1 A node is in the namespace from before it is opened until after it is closed, reserved by the change that does it:
  *         nobody else finds it half-made.
- * GRAPH-2 A node is counted by its parents' edges and by the monitor; with the last reference it is closed, and lets go of
- *         its children.
+ * GRAPH-2 A node is counted by its parents' edges and by the monitor; with the last reference it is closed (close.c).
  */
 #include "graph/graph.h"
 #include "base/alloc.h"
@@ -28,6 +27,8 @@ struct graph *graph_new(const struct driver *const *const *drivers)
     list_init(&g->nodes);
     list_init(&g->backends);
     list_init(&g->changes);
+    list_init(&g->orphans);
+    co_scope_init(&g->closers);
     g->change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS;
     return g;
 }
@@ -154,32 +155,11 @@ static int node_new(struct graph *g, const struct node_options *o,
     overlap_init(&node->overlap);
     list_init(&node->children);
     list_init(&node->parents);
+    list_init(&node->arriving);
     list_append(&g->nodes, &node->link);
     graph_name_insert(g, node);
     *ret = node;
     return 0;
-}
-
-/* The last reference closes the node, then its children's turn comes (GRAPH-2). */
-void node_co_unref(struct node *node)
-{
-    struct edge *e;
-
-    if (--node->refs)
-        return;
-    if (node->opened)
-        node->driver->co_close(node);
-    while ((e = list_first(&node->children, struct edge, parent_link))) {
-        AUTO(error_free) struct error *ignored = NULL;
-
-        (void)access_change(e, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
-        node_co_unref(edge_free(e));
-    }
-    assert(list_empty(&node->parents));
-    graph_name_remove(node->graph, node);
-    list_remove(&node->link);
-    free(node->state);
-    free(node);
 }
 
 static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
@@ -356,12 +336,12 @@ int graph_co_del(struct graph *g, const char *name, struct error **err)
     return r;
 }
 
-struct graph *graph_co_free(struct graph *g)
+/* The nodes of the monitor's that nobody uses, until there are none. */
+static void co_fn control_fn remove_all(struct graph *g)
 {
     struct node *node;
     bool progress = true;
 
-    assert(list_empty(&g->backends) && list_empty(&g->changes));
     while (progress) {
         progress = false;
         list_for_each (&g->nodes, node, link) {
@@ -373,6 +353,14 @@ struct graph *graph_co_free(struct graph *g)
             }
         }
     }
+}
+
+struct graph *graph_co_free(struct graph *g)
+{
+    assert(list_empty(&g->backends) && list_empty(&g->changes));
+    remove_all(g);
+    if (graph_abandon_orphans(g))
+        return NULL; /* the host may still write into what it is made of */
     assert(list_empty(&g->nodes));
     free(g);
     return NULL;

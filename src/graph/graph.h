@@ -32,10 +32,29 @@ int co_fn control_fn graph_co_add(struct graph *g, const struct node_options *op
 int co_fn control_fn graph_co_del(struct graph *g, const char *name, struct error **err);
 
 /*
+ * Changes the size of a node, behind closed gates. -EPERM if a user does not tolerate it, and what drivers say. On failure
+ * the size is what it was.
+ */
+int co_fn control_fn graph_co_resize(struct graph *g, const char *name, uint64_t size,
+                                     struct error **err);
+/*
+ * Lets all users of node `from` use node `to` instead, at once and under load, but those that lie below `to` or are `to`
+ * itself: with `to` a filter above `from` this inserts it, with `to` the child of a filter `from` it takes the filter out.
+ * -EINVAL if sizes differ; -EPERM on conflicts of access; -ETIMEDOUT if requests do not end in time. On failure nothing has
+ * changed.
+ */
+int co_fn control_fn graph_co_replace(struct graph *g, const char *from, const char *to,
+                                      struct error **err);
+
+/*
  * Walks all nodes, the youngest first. `fn` must not yield or change the graph.
  */
 typedef void graph_node_fn(struct node *node, void *arg);
 void graph_for_each_node(struct graph *g, graph_node_fn *fn, void *arg);
+/* Nodes that were cut off (G7), with their age and how many operations the host has not ended. */
+typedef void graph_orphan_fn(const struct node *node, uint64_t age_ns, unsigned unresolved,
+                             void *arg);
+void graph_for_each_orphan(struct graph *g, graph_orphan_fn *fn, void *arg);
 /* Edges between nodes of one parent, in order. */
 typedef void graph_edge_fn(const struct node *parent, const struct edge *edge, struct access access,
                            void *arg);

@@ -3,6 +3,7 @@
 #ifndef CAIRN_GRAPH_NODE_INTERNAL_H
 #define CAIRN_GRAPH_NODE_INTERNAL_H
 
+#include "base/atomic.h"
 #include "base/macros.h"
 #include "graph/access.h"
 #include "graph/driver.h"
@@ -20,8 +21,13 @@ struct edge {
     char *name;
     struct access access;
 
-    struct access pending; /* Only within access_change(). */
+    uint32_t cut; /* atomic: requests that go down it get -EIO (G7) */
+
+    /* Between the prepare and the commit of a change. */
+    struct access pending;
     bool is_pending;
+    struct node *moving_to; /* it leaves `node` for this one: in its `arriving` */
+    struct list arriving_link;
 
     struct list parent_link; /* in parent->children */
     struct list child_link;  /* in node->parents */
@@ -44,16 +50,27 @@ struct node {
     char name[NODE_NAME_MAX + 1];
     struct list children; /* struct edge */
     struct list parents;  /* struct edge */
-    struct list link;     /* in graph->nodes, oldest first */
+    struct list arriving; /* struct edge: those that will be parents when the change commits */
+    struct co_wait *close_wait;
+    bool abandoned;
+    uint64_t orphan_ns; /* when it was cut off; 0: it is part of the graph */
+    struct list link;   /* in graph->nodes, oldest first */
     struct node *name_next;
     unsigned refs;
     bool monitor_owned;
     bool opened;
+    bool needs_reopen;          /* D3: takes no more metadata writes */
     struct change *reserved_by; /* G5 */
     struct access access;       /* of all users together */
 };
 
-/* All of a node's users together, with one edge's access replaced by what is pending. */
+static inline bool edge_is_cut(const struct edge *edge)
+{
+    /* Relaxed: each loop is sent a message after the cut, and looks through its requests then. */
+    return atomic_get_relaxed(&edge->cut);
+}
+
+/* All of a node's users together, as it will be when what is pending is committed. */
 struct access node_access_sum(const struct node *node);
 
 /* Attaches a child with no access. Takes over a reference to the child. */
@@ -61,6 +78,11 @@ struct edge *edge_new(struct node *parent, struct backend *backend, struct node 
                       const char *name);
 /* Detaches; the access must be none. Returns the child, whose reference is the caller's again. */
 struct node *edge_free(struct edge *edge);
+
+/* Operations of the node that their requests have left and that have not ended (G7, G9). */
+unsigned node_unresolved(const struct node *node);
+/* The same, all below it included. */
+unsigned node_unresolved_below(const struct node *node);
 
 /* "node 'x'" or the owner of a backend, for messages. */
 const char *edge_parent_text(const struct edge *edge);

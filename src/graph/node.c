@@ -82,6 +82,7 @@ void node_set_size(struct node *node, uint64_t size)
 void node_set_alignment(struct node *node, unsigned request, unsigned memory)
 {
     assert(is_power_of_2(request) && is_power_of_2(memory));
+    assert(request == 1 || memory <= request); /* blocks within a buffer are aligned as it is */
     node->align = request;
     node->memory_align = memory;
 }
@@ -121,6 +122,7 @@ struct edge *edge_new(struct node *parent, struct backend *backend, struct node 
     e->name = xstrdup(name);
     e->access = ACCESS_NONE;
     list_init(&e->parent_link);
+    list_init(&e->arriving_link);
     list_append(&child->parents, &e->child_link);
     if (parent) {
         list_append(&parent->children, &e->parent_link);
@@ -142,6 +144,21 @@ struct node *edge_free(struct edge *edge)
     free(edge->name);
     free(edge);
     return child;
+}
+
+unsigned node_unresolved(const struct node *node)
+{
+    return node->driver->unresolved && node->opened ? node->driver->unresolved(node) : 0;
+}
+
+unsigned node_unresolved_below(const struct node *node)
+{
+    unsigned n = node_unresolved(node);
+    const struct edge *e;
+
+    list_for_each (&node->children, e, parent_link)
+        n += node_unresolved_below(e->node);
+    return n;
 }
 
 const char *edge_parent_text(const struct edge *edge)

@@ -56,7 +56,7 @@ const char *edge_name(const struct edge *edge);
 
 /* For co_open and co_resize. */
 void node_set_size(struct node *node, uint64_t size);
-/* `memory`: of addresses. Both powers of two, bytes. */
+/* `memory`: of addresses; not more than `request`, unless that is 1. Both powers of two, bytes. */
 void node_set_alignment(struct node *node, unsigned request, unsigned memory);
 /*
  * For drivers that take any offset and hand requests on to a child that does not: the unit that costs no read-modify-write

@@ -33,9 +33,11 @@ static bool must_wait_locked(const struct overlap *o, const struct overlap_range
     return false;
 }
 
-void overlap_begin(struct overlap *o, struct overlap_range *r, uint64_t offset, uint64_t len,
-                   bool exclusive)
+int overlap_begin(struct overlap *o, struct overlap_range *r, uint64_t offset, uint64_t len,
+                  bool exclusive)
 {
+    int result;
+
     r->offset = offset;
     r->len = len;
     r->exclusive = exclusive;
@@ -46,14 +48,13 @@ void overlap_begin(struct overlap *o, struct overlap_range *r, uint64_t offset, 
     r->granted = !must_wait_locked(o, r);
     if (r->granted) {
         tiny_lock_release(&o->lock);
-        return;
+        return 0;
     }
     o->waiting++;
-    co_shield_begin();
-    (void)wait_queue_wait(&r->waiter, &o->lock,
-                          LOOP_FOREVER); /* shielded, no deadline: cannot fail */
-    co_shield_end();
-    assert(r->granted);
+    result = wait_queue_wait(&r->waiter, &o->lock, LOOP_FOREVER);
+    if (result < 0)
+        overlap_end(o, r);
+    return result;
 }
 
 void overlap_end(struct overlap *o, struct overlap_range *r)
@@ -63,6 +64,7 @@ void overlap_end(struct overlap *o, struct overlap_range *r)
     tiny_lock_acquire(&o->lock);
     list_remove(&r->link);
     o->exclusives -= r->exclusive;
+    o->waiting -= !r->granted;
     list_for_each (&o->ranges, other, link) {
         if (!o->waiting)
             break;

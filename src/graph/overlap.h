@@ -33,9 +33,9 @@ struct overlap_range {
 
 void overlap_init(struct overlap *o);
 
-/* Waits until no earlier range overlaps that excludes this one. Not cancellable: those before it end. */
-void co_fn overlap_begin(struct overlap *o, struct overlap_range *r, uint64_t offset, uint64_t len,
-                         bool exclusive);
+/* Waits until no earlier range overlaps that excludes this one. 0, or -ECANCELED: then there is nothing to end. */
+int co_fn overlap_begin(struct overlap *o, struct overlap_range *r, uint64_t offset, uint64_t len,
+                        bool exclusive);
 void overlap_end(struct overlap *o, struct overlap_range *r);
 
 #endif

@@ -103,12 +103,16 @@ int node_co_write_unaligned(struct node *node, const struct request *req)
     /* Whole blocks from memory at a wrong address are only copied: nothing is read that others might be writing. */
     bool in_part = (req->offset | req->len) & (node->align - 1);
     struct overlap_range range;
-    int r = 0;
+    int r;
 
     if (!b)
         return -ENOMEM;
-    overlap_begin(&node->overlap, &range, align_down(pos, node->align),
-                  align_up(end, node->align) - align_down(pos, node->align), in_part);
+    r = overlap_begin(&node->overlap, &range, align_down(pos, node->align),
+                      align_up(end, node->align) - align_down(pos, node->align), in_part);
+    if (r < 0) {
+        iobuf_unref(b);
+        return r;
+    }
     while (r == 0 && pos < end) {
         uint64_t first = align_down(pos, node->align);
         uint64_t last = step_end(node, pos, end);

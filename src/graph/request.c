@@ -95,18 +95,33 @@ int node_co_write_aligned(struct node *node, struct request *req)
     return unlikely(req->flags & REQUEST_FUA) && r == 0 ? finish_fua(node, req) : r;
 }
 
+/* Shares a range with other writers, out of the way of read-modify-writes; without alignment nobody does these. */
+static int co_fn share_begin(struct node *node, struct overlap_range *range,
+                             const struct request *req)
+{
+    if (node->align == 1)
+        return 0;
+    return overlap_begin(&node->overlap, range, req->offset, req->len, false);
+}
+
+static void share_end(struct node *node, struct overlap_range *range)
+{
+    if (node->align > 1)
+        overlap_end(&node->overlap, range);
+}
+
 static int co_fn node_co_write(struct node *node, struct request *req)
 {
     struct overlap_range range;
     int r;
 
-    if (node->align == 1 && memory_is_aligned(node, req))
-        return node_co_write_aligned(node, req); /* nobody ever reads, modifies and writes here */
-    if (!request_is_aligned(node, req))
+    if (unlikely(!request_is_aligned(node, req)))
         return node_co_write_unaligned(node, req);
-    overlap_begin(&node->overlap, &range, req->offset, req->len, false);
+    r = share_begin(node, &range, req);
+    if (r < 0)
+        return r;
     r = node_co_write_aligned(node, req);
-    overlap_end(&node->overlap, &range);
+    share_end(node, &range);
     return r;
 }
 
@@ -171,13 +186,10 @@ static int co_fn node_co_write_zeroes(struct node *node, const struct request *w
         return node_co_zero_piece(node, &middle, whole->offset, whole->len); /* within one block */
     middle.offset = first;
     middle.len = last - first;
-    r = 0;
-    if (middle.len) {
-        if (node->align > 1)
-            overlap_begin(&node->overlap, &range, middle.offset, middle.len, false);
+    r = middle.len ? share_begin(node, &range, &middle) : 0;
+    if (r == 0 && middle.len) {
         r = write_zeroes_aligned(node, &middle);
-        if (node->align > 1)
-            overlap_end(&node->overlap, &range);
+        share_end(node, &range);
     }
     if (r == 0 && whole->offset < first)
         r = node_co_zero_piece(node, &middle, whole->offset, first - whole->offset);
@@ -199,11 +211,11 @@ static int co_fn node_co_discard(struct node *node, const struct request *whole)
         return 0;
     req.offset = first;
     req.len = last - first;
-    if (node->align > 1)
-        overlap_begin(&node->overlap, &range, req.offset, req.len, false);
+    r = share_begin(node, &range, &req);
+    if (r < 0)
+        return r;
     r = node->driver->co_discard ? node->driver->co_discard(node, &req) : pass_through(node, &req);
-    if (node->align > 1)
-        overlap_end(&node->overlap, &range);
+    share_end(node, &range);
     return r == -EOPNOTSUPP ? 0 : r; /* a discard is a hint */
 }
 
@@ -298,14 +310,27 @@ static int co_fn node_co_request(struct node *node, struct request *req)
     return -EINVAL;
 }
 
+/* G7: what is above the outermost cut goes on, with -EIO. */
+static int co_fn leave_cut(const struct pass_frame *frame, int r)
+{
+    for (const struct pass_frame *f = frame->up; f; f = f->up) {
+        if (edge_is_cut(f->edge))
+            return r;
+    }
+    co_interrupt_end();
+    return r < 0 ? -EIO : r;
+}
+
 int edge_co_request(struct edge *edge, struct request *req)
 {
     struct pass *pass = req->pass;
-    struct pass_frame frame = {.node = edge->node, .up = pass->top};
+    struct pass_frame frame = {.edge = edge, .up = pass->top};
     int r;
 
+    if (unlikely(edge_is_cut(edge)))
+        return -EIO;
     pass->top = &frame;
-    r = node_co_request(frame.node, req);
+    r = node_co_request(edge->node, req);
     pass->top = frame.up;
-    return r;
+    return unlikely(edge_is_cut(edge)) ? leave_cut(&frame, r) : r;
 }

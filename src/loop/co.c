@@ -187,6 +187,7 @@ int co_scope_start(struct co_scope *s, co_entry_fn *entry, void *arg)
     }
     co->entry = entry;
     co->arg = arg;
+    co->interrupted = false;
     co->scope = s;
     list_append(&s->members, &co->scope_link);
     s->count++;
@@ -230,7 +231,23 @@ int co_cancelled(void)
 {
     struct co *co = running_co();
 
+    if (unlikely(co->interrupted))
+        return -ECANCELED;
     return co->shield ? 0 : co->scope->cancelled;
+}
+
+void co_interrupt(struct co *co)
+{
+    struct co_wait *w = co->wait;
+
+    co->interrupted = true;
+    if (w && w->cancel && w->cancel(w))
+        co_wait_end(w, -ECANCELED);
+}
+
+void co_interrupt_end(void)
+{
+    running_co()->interrupted = false;
 }
 
 void co_shield_begin(void)

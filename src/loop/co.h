@@ -65,7 +65,14 @@ int co_fn co_sleep_until(uint64_t deadline_ns);
 void co_fn co_shield_begin(void);
 void co_fn co_shield_end(void);
 
-/* -ECANCELED or the scope's reason if the coroutine's scope is cancelled and no shield is up, else 0. */
+/*
+ * Ends the wait of another coroutine of this loop with -ECANCELED, and all its later ones, shielded or not, until it calls
+ * co_interrupt_end() itself (G7). Waits that cannot be cancelled go on.
+ */
+void co_interrupt(struct co *co);
+void co_fn co_interrupt_end(void);
+
+/* -ECANCELED or the scope's reason if the coroutine was interrupted, or its scope is cancelled and no shield is up; else 0. */
 int co_fn co_cancelled(void);
 
 #endif

@@ -316,6 +316,14 @@ static uint64_t host_file_allocated_bytes(const struct node *node)
     return file_info(h->file)->allocated_bytes;
 }
 
+/* What the host still holds of requests that were cut off (G7). */
+static unsigned host_file_unresolved(const struct node *node)
+{
+    const struct host_file *h = node_state(node);
+
+    return file_detached(h->file);
+}
+
 const struct driver file_driver = {
     .name = "file",
     .kind = DRIVER_PROTOCOL,
@@ -332,6 +340,7 @@ const struct driver file_driver = {
     .co_extents = host_file_co_extents,
     .co_resize = host_file_co_resize,
     .co_set_access = host_file_co_set_access,
+    .unresolved = host_file_unresolved,
     .filename = host_file_filename,
     .allocated_bytes = host_file_allocated_bytes,
 };
@@ -352,6 +361,7 @@ const struct driver host_device_driver = {
     .co_extents = host_file_co_extents,
     .co_resize = host_file_co_resize,
     .co_set_access = host_file_co_set_access,
+    .unresolved = host_file_unresolved,
     .filename = host_file_filename,
     .allocated_bytes = host_file_allocated_bytes,
 };

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A change of access in steps, for changes of the graph: walk, prepare, then commit or abort. */
+#ifndef CAIRN_GRAPH_ACCESS_INTERNAL_H
+#define CAIRN_GRAPH_ACCESS_INTERNAL_H
+
+#include "graph/access.h"
+#include "graph/node-internal.h"
+
+#define ACCESS_WALK_MAX 256
+
+/* What one change of access touches, in the order in which it was reached. All zero is empty. */
+struct access_walk {
+    struct edge *edges[ACCESS_WALK_MAX];
+    struct node *nodes[ACCESS_WALK_MAX];
+    unsigned edge_count;
+    unsigned node_count;
+    unsigned told; /* nodes whose drivers know, the failing one included */
+};
+
+/* Sets what is pending on an edge and all below it that follows from it, and checks. Then prepare or abort. */
+int access_walk_edge(struct access_walk *walk, struct edge *edge, struct access access,
+                     struct error **err);
+/* The same for a node whose users change. */
+int access_walk_node(struct access_walk *walk, struct node *node, struct error **err);
+
+/* Tells the drivers that guard their access. Then commit or abort. */
+int co_fn control_fn access_co_prepare(struct access_walk *walk, struct error **err);
+/* Memory only. */
+void access_commit(struct access_walk *walk);
+void co_fn control_fn access_co_abort(struct access_walk *walk);
+
+#endif

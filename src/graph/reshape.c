@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Changes of the graph under load that come with the graph: replacing a node, and resizing one. */
+#include "base/alloc.h"
+#include "base/macros.h"
+#include "graph/access-internal.h"
+#include "graph/backend-internal.h"
+#include "graph/change.h"
+#include "graph/graph-internal.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Replacing: the edges that move are marked in prepare, access is settled for what will be, and commit moves them. */
+struct replace {
+    struct change_action action;
+    const char *from_name;
+    const char *to_name;
+    struct node *from;
+    struct node *to;
+    struct access_walk *walk;
+};
+
+static bool lies_below(const struct node *node, const struct node *top)
+{
+    const struct edge *e;
+
+    if (node == top)
+        return true;
+    list_for_each (&top->children, e, parent_link) {
+        if (lies_below(node, e->node))
+            return true;
+    }
+    return false;
+}
+
+static void mark_users(struct replace *rp)
+{
+    struct edge *e;
+
+    list_for_each (&rp->from->parents, e, child_link) {
+        if (e->parent && lies_below(e->parent, rp->to))
+            continue;
+        e->moving_to = rp->to;
+        list_append(&rp->to->arriving, &e->arriving_link);
+    }
+}
+
+static void unmark_users(struct replace *rp)
+{
+    struct edge *e;
+
+    while ((e = list_first(&rp->to->arriving, struct edge, arriving_link))) {
+        list_remove(&e->arriving_link);
+        e->moving_to = NULL;
+    }
+}
+
+static int co_fn control_fn replace_co_prepare(struct change_action *a, struct error **err)
+{
+    struct replace *rp = container_of(a, struct replace, action);
+    int r = graph_need(a->change->graph, rp->from_name, &rp->from, err);
+
+    if (r == 0)
+        r = graph_need(a->change->graph, rp->to_name, &rp->to, err);
+    if (r < 0)
+        return r;
+    if (rp->from == rp->to)
+        return error_set(err, EINVAL, "node '%s' cannot replace itself", rp->to_name);
+    if (rp->from->size != rp->to->size)
+        return error_set(err, EINVAL,
+                         "node '%s' has %" PRIu64 " bytes, node '%s' has %" PRIu64
+                         ": sizes must be equal",
+                         rp->to_name, rp->to->size, rp->from_name, rp->from->size);
+    rp->walk = try_new(struct access_walk);
+    if (!rp->walk)
+        return error_set(err, ENOMEM, "no memory");
+    mark_users(rp);
+    r = access_walk_node(rp->walk, rp->to, err);
+    if (r == 0)
+        r = access_walk_node(rp->walk, rp->from, err);
+    return r == 0 ? access_co_prepare(rp->walk, err) : r;
+}
+
+static void replace_commit(struct change_action *a)
+{
+    struct replace *rp = container_of(a, struct replace, action);
+    struct edge *e;
+
+    rp->from->refs++; /* the change's own, until the gates are open again */
+    while ((e = list_first(&rp->to->arriving, struct edge, arriving_link))) {
+        list_remove(&e->arriving_link);
+        e->moving_to = NULL;
+        list_remove(&e->child_link);
+        list_append(&rp->to->parents, &e->child_link);
+        e->node = rp->to;
+        rp->to->refs++;
+        rp->from->refs--;
+    }
+    access_commit(rp->walk);
+}
+
+static void co_fn control_fn replace_co_finish(struct change_action *a)
+{
+    struct replace *rp = container_of(a, struct replace, action);
+
+    free(rp->walk);
+    node_co_unref(rp->from); /* what the change held */
+}
+
+static void co_fn control_fn replace_co_abort(struct change_action *a)
+{
+    struct replace *rp = container_of(a, struct replace, action);
+
+    if (!rp->walk)
+        return;
+    unmark_users(rp);
+    access_co_abort(rp->walk);
+    free(rp->walk);
+}
+
+static const struct change_action_ops replace_ops = {
+    .co_prepare = replace_co_prepare,
+    .commit = replace_commit,
+    .co_abort = replace_co_abort,
+    .co_finish = replace_co_finish,
+};
+
+int graph_co_replace(struct graph *g, const char *from, const char *to, struct error **err)
+{
+    struct replace rp = {.from_name = from, .to_name = to};
+    struct change change;
+    int r;
+
+    change_init(&change, g, "replacing node '%s' by '%s'", from, to);
+    r = change_add_root(&change, from, err);
+    if (r == 0)
+        r = change_add_root(&change, to, err);
+    if (r == 0) {
+        change_add_action(&change, &rp.action, &replace_ops);
+        r = change_co_run(&change, err);
+    }
+    change_end(&change);
+    return r;
+}
+
+/* Resizing: the request is the persist step; a short-lived backend holds the access that it takes. */
+struct resize {
+    struct change_action action;
+    struct backend *backend;
+    uint64_t size;
+    uint64_t old_size;
+};
+
+static int co_fn control_fn resize_to(struct resize *rs, uint64_t size)
+{
+    struct request req = {
+        .kind = REQUEST_RESIZE,
+        .offset = size,
+        .pass = action_pass(&rs->action),
+    };
+
+    return edge_co_request(rs->backend->root, &req);
+}
+
+static int co_fn control_fn resize_co_persist(struct change_action *a, struct error **err)
+{
+    struct resize *rs = container_of(a, struct resize, action);
+    int r = resize_to(rs, rs->size);
+
+    if (r < 0)
+        return error_set(err, -r, "cannot set the size of node '%s' to %" PRIu64 ": %s",
+                         a->node->name, rs->size, strerror(-r));
+    return 0;
+}
+
+static int co_fn control_fn resize_co_undo(struct change_action *a, struct error **err)
+{
+    struct resize *rs = container_of(a, struct resize, action);
+
+    (void)err;
+    return a->node->size == rs->old_size ? 0 : resize_to(rs, rs->old_size);
+}
+
+static const struct change_action_ops resize_ops = {
+    .co_persist = resize_co_persist,
+    .co_undo = resize_co_undo,
+};
+
+int graph_co_resize(struct graph *g, const char *name, uint64_t size, struct error **err)
+{
+    struct access access = {.wants = ACCESS_RESIZE, .tolerates = ACCESS_ALL};
+    struct resize rs = {.size = size};
+    struct change change;
+    int r;
+
+    if (size > (uint64_t)NODE_SIZE_MAX)
+        return error_set(err, EFBIG, "size %" PRIu64 " is more than %lld bytes", size,
+                         (long long)NODE_SIZE_MAX);
+    r = backend_co_new(&rs.backend, g, name, access, "block_resize", err);
+    if (r < 0)
+        return r;
+    rs.action.node = rs.backend->root->node;
+    rs.old_size = rs.action.node->size;
+    change_init(&change, g, "block_resize of '%s'", name);
+    r = change_add_root(&change, name, err);
+    if (r == 0) {
+        change_add_action(&change, &rs.action, &resize_ops);
+        r = change_co_run(&change, err);
+    }
+    change_end(&change);
+    rs.backend = backend_co_free(rs.backend);
+    return r;
+}
