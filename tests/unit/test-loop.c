@@ -36,7 +36,7 @@ static void on_all(co_entry_fn *body, const void *arg)
         if (r < 0)
             fail_msg("%s", error_text(err));
     }
-    TEST_SEEDS(seed) {
+    TEST_SEEDS (seed) {
         struct sim_options o;
 
         sim_options_init(&o, seed);
@@ -485,6 +485,65 @@ static void test_loop__accept_ends_at_its_deadline(void **state)
 {
     (void)state;
     on_all(accept_cancelled, NULL);
+}
+
+struct latency {
+    bool stop;
+    uint64_t worst_ns;
+};
+
+static void measure_latency(void *arg)
+{
+    struct latency *l = arg;
+
+    while (!l->stop) {
+        uint64_t until = loop_clock() + 100 * NS_PER_US;
+
+        assert_int_equal(co_sleep_until(until), 0);
+        if (loop_now() - until > l->worst_ns)
+            l->worst_ns = loop_now() - until;
+    }
+}
+
+static void read_much(void *arg)
+{
+    struct latency *l = arg;
+    struct iobuf *b = iobuf_new(65536);
+    struct iovec iov = {b->data, 65536};
+    struct error *err = NULL;
+    struct co_scope s;
+    struct file *f;
+
+    if (file_co_open(&f, "/dev/shm/f", FILE_READ | FILE_WRITE | FILE_CREATE, 0600, &err) < 0)
+        fail_msg("%s", error_text(err));
+    memset(b->data, 1, 65536);
+    assert_int_equal(file_co_write(f, 0, &iov, 1, false, b), 0);
+    co_scope_init(&s);
+    co_scope_start(&s, measure_latency, l);
+    for (unsigned i = 0; i < 1000; i++)
+        assert_int_equal(file_co_read(f, 0, &iov, 1, b), 65536);
+    l->stop = true;
+    co_scope_join(&s);
+    iobuf_unref(b);
+    file_co_close(f);
+}
+
+/* L2: what is ready waits for the rest of one budget, and for one more if it comes last. */
+static void test_loop__inline_io_keeps_its_budget(void **state)
+{
+    uint64_t worst_ns = 0;
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct latency l = {.stop = false};
+        struct sim_options o;
+
+        sim_options_init(&o, seed);
+        o.preempt_per_mille = 0; /* no other loop takes the time */
+        assert_int_equal(sim_run(&o, read_much, &l), SIM_RETURNED);
+        worst_ns = MAX(worst_ns, l.worst_ns);
+    }
+    assert_in_range(worst_ns, 50 * NS_PER_US, 2 * INLINE_TICK_NS + 50 * NS_PER_US);
 }
 
 static void test_loop__timers_fire_in_order(void **state)

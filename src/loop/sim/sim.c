@@ -649,6 +649,7 @@ static void engine_poll(struct loop *loop, uint64_t deadline_ns)
     struct sim_io *io;
 
     sim->now_ns += sim_between(200, 3000); /* SIM-3 */
+    sim_point(sim); /* between the loop's last look at its mailbox and its sleep */
     t->deadline_ns = deadline_ns;
     task_leave(sim, TASK_POLLING);
     t->woken = false;
