@@ -357,6 +357,21 @@ int gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns, 
     return 0;
 }
 
+/* Until the slot's `request` message is here. */
+static void co_fn co_request_home(struct gate_slot *slot)
+{
+    struct gate *gate = slot->gate;
+
+    while (!slot->request_home) {
+        struct co_wait w;
+
+        co_wait_init(&w, NULL);
+        gate->home_wait = &w;
+        (void)co_wait(&w, LOOP_FOREVER); /* cannot fail: neither deadline nor cancel */
+        gate->home_wait = NULL;
+    }
+}
+
 void gate_co_release(struct gate *gate)
 {
     for (unsigned i = 0; i < LOOP_MAX; i++) {
@@ -365,18 +380,12 @@ void gate_co_release(struct gate *gate)
         if (!slot)
             continue;
         /*
-         * One more round: messages arrive in order, so that when it is back the loop has also had the `drained` message
-         * that went home before.
+         * One more round, which begins here: messages arrive in order, so that when it is back the loop has also had the
+         * `drained` message that was sent home before. The round that is under way may have begun before that.
          */
+        co_request_home(slot);
         send_request(slot);
-        while (!slot->request_home) {
-            struct co_wait w;
-
-            co_wait_init(&w, NULL);
-            gate->home_wait = &w;
-            (void)co_wait(&w, LOOP_FOREVER); /* cannot fail: neither deadline nor cancel */
-            gate->home_wait = NULL;
-        }
+        co_request_home(slot);
         assert(!slot->count && !slot->queued);
     }
     for (unsigned i = 0; i < LOOP_MAX; i++)

@@ -6,6 +6,7 @@
 #include "base/atomic.h"
 #include "base/checked.h"
 #include "base/prng.h"
+#include "loop/lock.h"
 #include "graph-fixture.h"
 #include "null-co-options.h"
 #include "seeds.h"
@@ -21,7 +22,8 @@ static struct {
     bool slow; /* yields within reads and writes */
     bool no_zeroes;
 
-    uint8_t data[DISK_SIZE];
+    struct tiny_lock lock;
+    uint8_t data[DISK_SIZE]; /* Protected by lock while there are several loops. */
     /* Counted atomically. */
     unsigned misfits; /* requests that should not have come */
     unsigned reads;
@@ -65,6 +67,7 @@ static void transfer(const struct request *req, bool write)
     uint64_t pos = req->offset;
 
     check_fit(req);
+    tiny_lock_acquire(&disk.lock);
     for (int i = 0; i < req->iov_count; i++) {
         const struct iovec *v = &req->iov[i];
 
@@ -74,6 +77,7 @@ static void transfer(const struct request *req, bool write)
             memcpy(v->iov_base, disk.data + pos, v->iov_len);
         pos += v->iov_len;
     }
+    tiny_lock_release(&disk.lock);
 }
 
 static int disk_co_read(struct node *node, struct request *req)
