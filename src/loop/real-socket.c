@@ -21,15 +21,23 @@
 
 #define LISTEN_BACKLOG 128
 
+/*
+ * What a socket may hold that its peer has not read: enough for a big answer to leave at once, while it is still in the
+ * processor's caches. The kernel takes memory for what is there, not for the bound; wmem_max may lower it.
+ */
+#define SEND_BUFFER_BYTES (2 << 20)
+
 struct socket *real_socket_new(const struct engine *engine, int fd)
 {
     struct socket *s = xnew(struct socket);
     struct sockaddr_storage sa;
     socklen_t len = sizeof(sa);
     const int one = 1;
+    const int send_buffer = SEND_BUFFER_BYTES;
 
     s->engine = engine;
     s->fd = fd;
+    (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof(send_buffer)); /* only helps */
     if (getsockname(fd, (struct sockaddr *)&sa, &len) == 0) {
         if (sa.ss_family == AF_INET)
             s->port = ntohs(((struct sockaddr_in *)&sa)->sin_port);
