@@ -19,6 +19,12 @@
 #define HISTOGRAM_LAST       34
 #define HISTOGRAM_BOUNDARIES (HISTOGRAM_LAST - HISTOGRAM_FIRST + 1)
 
+/*
+ * How far down `parent` goes. Every node has an entry of its own, so that nothing is lost; without a bound a chain of n nodes would
+ * be described n^2/2 times, deeper nested than the stack of a coroutine holds.
+ */
+#define PARENTS_MAX 8
+
 struct node_sum {
     const struct node *node;
     struct stats sum;
@@ -96,11 +102,11 @@ static void device_stats_of(const struct stats *s, struct device_stats *ret)
     };
 }
 
-/* Fills *ret for the node and, behind `parent`, for the nodes that hold its data. */
+/* Fills *ret for the node and, behind `parent`, for the next nodes that hold its data. */
 static int node_stats(struct graph *graph, const struct node *node, struct block_stats *ret,
                       struct error **err)
 {
-    for (;;) {
+    for (unsigned depth = 0;; depth++) {
         AUTO(free_ptr) struct node_sum *s = try_new(struct node_sum);
         const struct edge *file = node_file(node);
 
@@ -110,7 +116,7 @@ static int node_stats(struct graph *graph, const struct node *node, struct block
         graph_for_each_backend(graph, add_backend, s);
         ret->node_name = xstrdup(node_name(node));
         device_stats_of(&s->sum, &ret->stats);
-        if (!file)
+        if (!file || depth == PARENTS_MAX)
             return 0;
         ret->parent = try_new(struct block_stats);
         if (!ret->parent)
