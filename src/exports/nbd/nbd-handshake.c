@@ -203,8 +203,8 @@ static int co_fn option_info(struct nbd_connection *c, const struct option *o, b
     if (r == 0)
         r = send_reply(c, o->type, NBD_REP_ACK, NULL, 0);
     *ret_go = o->type == NBD_OPT_GO;
-    if (!*ret_go || r < 0)
-        nbd_connection_co_unbind(c);
+    if (r == 0 && !*ret_go)
+        r = nbd_connection_co_unbind(c);
     return r;
 }
 
@@ -255,8 +255,8 @@ static int co_fn option_meta_context(struct nbd_connection *c, const struct opti
         c->context_allocation = wanted;
         c->context_export = c->export;
     }
-    nbd_connection_co_unbind(c);
-    if (wanted) {
+    r = nbd_connection_co_unbind(c);
+    if (r == 0 && wanted) {
         store_be32(reply, CONTEXT_ALLOCATION);
         memcpy(reply + 4, ALLOCATION_CONTEXT, sizeof(reply) - 4);
         r = send_reply(c, o->type, NBD_REP_META_CONTEXT, reply, sizeof(reply));

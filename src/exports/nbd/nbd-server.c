@@ -67,19 +67,14 @@ int nbd_connection_co_bind(struct nbd_connection *c, const char *name, size_t le
     r = backend_attach(call.export->backend);
     c->export = call.export;
     c->backend = call.export->backend;
-    if (r < 0)
-        nbd_connection_co_unbind(c);
     return r;
 }
 
-void nbd_connection_co_unbind(struct nbd_connection *c)
+int nbd_connection_co_unbind(struct nbd_connection *c)
 {
-    if (!c->export)
-        return;
     c->export = NULL;
     c->backend = NULL;
-    /* It fails only for want of a coroutine on the control thread: then the end of the connection lets go. */
-    (void)loop_co_call(c->server->control, unbind_on_control, c);
+    return loop_co_call(c->server->control, unbind_on_control, c);
 }
 
 /* The whole life of a connection, on its loop. */

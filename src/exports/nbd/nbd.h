@@ -149,7 +149,8 @@ struct nbd_export *nbd_server_find(const struct nbd_server *server, const char *
 void nbd_export_disconnect(struct nbd_server *server, const struct nbd_export *export);
 /* Binds the connection to the export of this name, on the control thread from the connection's loop. -ENOENT, -ENOMEM. */
 int co_fn nbd_connection_co_bind(struct nbd_connection *c, const char *name, size_t len);
-void co_fn nbd_connection_co_unbind(struct nbd_connection *c);
+/* Negative: no memory for it; the connection must end then, which lets go too. */
+int co_fn nbd_connection_co_unbind(struct nbd_connection *c);
 
 /* nbd-handshake.c: 0 when transmission may begin; negative: the connection is over. */
 int co_fn nbd_co_handshake(struct nbd_connection *c);
