@@ -13,6 +13,7 @@
 #include "loop/loop.h"
 
 struct change;
+struct tracker;
 
 struct edge {
     struct node *node;       /* the child; counted */
@@ -43,6 +44,7 @@ struct node {
     unsigned memory_align;
     unsigned preferred_align; /* if larger than align: what a child needs */
     struct node_settings settings;
+    struct tracker *trackers;
     struct overlap overlap; /* what is being written, if align > 1 */
 
     /* Only touched on the control thread. */

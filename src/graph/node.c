@@ -6,6 +6,7 @@
 #include "base/macros.h"
 #include "graph/backend.h"
 #include "graph/graph-internal.h"
+#include "graph/tracker.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -77,6 +78,8 @@ void node_set_size(struct node *node, uint64_t size)
 {
     assert(size <= (uint64_t)NODE_SIZE_MAX);
     node->size = size;
+    for (struct tracker *t = node->trackers; t; t = t->next)
+        t->resized(t, size);
 }
 
 void node_set_alignment(struct node *node, unsigned request, unsigned memory)

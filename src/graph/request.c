@@ -11,6 +11,7 @@
 #include "graph/gate.h"
 #include "graph/node-internal.h"
 #include "graph/request-internal.h"
+#include "graph/tracker.h"
 
 #include <errno.h>
 #include <string.h>
@@ -271,6 +272,33 @@ uint64_t request_reached_ns(struct request *req, const struct node *node)
     return pass->reached[pass->reached_count++].ns;
 }
 
+static int co_fn change_untracked(struct node *node, struct request *req)
+{
+    if (likely(req->kind == REQUEST_WRITE))
+        return node_co_write(node, req);
+    if (req->kind == REQUEST_DISCARD)
+        return node_co_discard(node, req);
+    return req->len ? node_co_write_zeroes(node, req) : 0;
+}
+
+static void tell_trackers(const struct node *node, const struct request *req)
+{
+    for (struct tracker *t = node->trackers; t; t = t->next)
+        t->changed(t, req->offset, req->len);
+}
+
+static int co_fn node_co_change(struct node *node, struct request *req)
+{
+    int r;
+
+    if (likely(!node->trackers) || (req->flags & REQUEST_UNCHANGED) || !req->len)
+        return change_untracked(node, req);
+    tell_trackers(node, req); /* C2: before and after */
+    r = change_untracked(node, req);
+    tell_trackers(node, req);
+    return r;
+}
+
 static int co_fn node_co_request(struct node *node, struct request *req)
 {
     if (unlikely(!range_within(req->offset, req->len, node->size)) && req->kind != REQUEST_FLUSH &&
@@ -282,17 +310,11 @@ static int co_fn node_co_request(struct node *node, struct request *req)
             return node_co_read_aligned(node, req);
         return node_co_read_unaligned(node, req);
     case REQUEST_WRITE:
-        if (unlikely(node->settings.read_only))
-            return -EPERM;
-        return node_co_write(node, req);
     case REQUEST_WRITE_ZEROES:
-        if (unlikely(node->settings.read_only))
-            return -EPERM;
-        return req->len ? node_co_write_zeroes(node, req) : 0;
     case REQUEST_DISCARD:
         if (unlikely(node->settings.read_only))
             return -EPERM;
-        return node_co_discard(node, req);
+        return node_co_change(node, req);
     case REQUEST_FLUSH:
         return node_co_flush(node, req);
     case REQUEST_EXTENTS:
