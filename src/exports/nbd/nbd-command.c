@@ -56,6 +56,8 @@ static int check(const struct nbd_request *req)
         return changes_data(req->type) ? -ENOSPC : -EINVAL;
     if (req->type == NBD_CMD_READ && req->len > NBD_MAX_PAYLOAD)
         return -EOVERFLOW;
+    if (req->type == NBD_CMD_CACHE && req->len > NBD_MAX_PAYLOAD)
+        return -EINVAL; /* it is read to the end, also for a client that has gone */
     if (req->type == NBD_CMD_BLOCK_STATUS && (!c->context_allocation || !req->len))
         return -EINVAL;
     return 0;

@@ -278,6 +278,8 @@ static int co_fn run_option(struct nbd_connection *c, const struct option *o)
     bool go = false;
     int r;
 
+    if (o->type == NBD_OPT_SET_META_CONTEXT)
+        c->context_allocation = false; /* what was set before is replaced, even by a failure */
     switch (o->type) {
     case NBD_OPT_EXPORT_NAME:
         r = option_export_name(c, o);
@@ -308,6 +310,8 @@ static int co_fn skip_option(struct nbd_connection *c, struct option *o)
 {
     uint32_t left = o->len;
 
+    if (o->type == NBD_OPT_SET_META_CONTEXT)
+        c->context_allocation = false; /* as in run_option() */
     if (o->len > NBD_MAX_PAYLOAD || o->type == NBD_OPT_EXPORT_NAME)
         return -EMSGSIZE;
     while (left) {
