@@ -165,11 +165,14 @@ static int co_fn control_fn set_access(struct node *node, struct access access, 
 
 int access_co_prepare(struct access_walk *walk, struct error **err)
 {
-    int r = 0;
+    for (; walk->told < walk->node_count; walk->told++) {
+        struct node *node = walk->nodes[walk->told];
+        int r = set_access(node, node_access_sum(node), err);
 
-    for (; walk->told < walk->node_count && r == 0; walk->told++)
-        r = set_access(walk->nodes[walk->told], node_access_sum(walk->nodes[walk->told]), err);
-    return r;
+        if (r < 0)
+            return r;
+    }
+    return 0;
 }
 
 void access_commit(struct access_walk *walk)
