@@ -535,6 +535,61 @@ static void test_file_driver__lock_bytes_tell_others_what_it_does(void **state)
     on_real_files(4096, lock_bytes);
 }
 
+struct rival {
+    struct graph *graph;
+    const char *node;
+    struct backend *b;
+    int result;
+};
+
+static void take_alone(void *arg)
+{
+    struct rival *rival = arg;
+    struct error *err = NULL;
+
+    rival->result = backend_co_new(&rival->b, rival->graph, rival->node,
+                                   (struct access){.wants = ACCESS_WRITE, .tolerates = ACCESS_READ},
+                                   "test", &err);
+    error_free(&err);
+}
+
+/* LOCK-2: both may be refused, but never is neither. */
+static void two_at_once(void *arg)
+{
+    struct graph *g = graph_new(drivers);
+    struct rival rivals[2] = {{.graph = g, .node = "n"}, {.graph = g, .node = "m"}};
+    struct co_scope s;
+    unsigned *refused = arg;
+
+    must_add(g, "{'driver':'file','node-name':'n','filename':'/disk/a'}");
+    must_add(g, "{'driver':'file','node-name':'m','filename':'/disk/a'}");
+    co_scope_init(&s);
+    for (unsigned i = 0; i < 2; i++)
+        assert_int_equal(co_scope_start(&s, take_alone, &rivals[i]), 0);
+    co_scope_join(&s);
+    *refused = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        assert_true(rivals[i].result == 0 || rivals[i].result == -EAGAIN);
+        *refused += rivals[i].result != 0;
+        if (rivals[i].result == 0)
+            backend_co_free(rivals[i].b);
+    }
+    graph_co_free(g);
+}
+
+static void test_file_driver__of_two_writers_at_once_one_is_refused(void **state)
+{
+    struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = 4096};
+
+    (void)state;
+    TEST_SEEDS (seed) {
+        unsigned refused = 0;
+
+        sim_disk_free(run_sim(&setup, seed, NULL, 0, two_at_once, &refused));
+        assert_true(refused > 0);
+    }
+}
+
 static void no_locks(void *arg)
 {
     struct access alone = {.wants = ACCESS_READ | ACCESS_WRITE, .tolerates = 0};
