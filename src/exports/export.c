@@ -2,9 +2,11 @@
 /* The registry of exports: names, life, and the one NBD server. */
 #include "exports/export.h"
 #include "base/alloc.h"
+#include "base/log.h"
 #include "base/macros.h"
 #include "exports/nbd/nbd-wire.h"
 #include "exports/nbd/nbd.h"
+#include "graph/change.h"
 #include "schema-types.h"
 
 #include <assert.h>
@@ -21,7 +23,10 @@ struct exports {
     struct list exports;    /* struct export, oldest first */
     struct co_scope scope;  /* removals under way */
     struct nbd_server *nbd; /* or NULL */
+    bool nbd_starting;
     bool nbd_stopping;
+    unsigned adding;             /* exports_co_add() calls under way */
+    struct co_wait *adding_wait; /* exports_co_nbd_stop()'s, until there are none */
 };
 
 /* Between the request for its removal and deleted() it is still listed, and its id taken. */
@@ -113,6 +118,7 @@ int exports_co_add(struct exports *all, const struct export_options *o, struct e
         return r;
     if (o->writable)
         access.wants |= ACCESS_WRITE;
+    all->adding++;
     e = xnew(struct export);
     e->all = all;
     e->id = xstrdup(o->id);
@@ -124,30 +130,57 @@ int exports_co_add(struct exports *all, const struct export_options *o, struct e
     list_append(&all->exports, &e->link);
     list_append(&all->nbd->exports, &e->nbd.link);
     e->shutting_down = true;
+    /* Yields: the server is still there afterwards, since it does not stop before this has ended. */
     r = backend_co_new(&e->backend, all->graph, o->node_name, access, owner, err);
+    if (--all->adding == 0 && all->adding_wait)
+        co_wait_end(all->adding_wait, 0);
     if (r < 0) {
         export_free(e);
         return error_wrap(err, r, "%s", owner);
     }
     e->nbd.backend = e->backend;
+    e->nbd.size = backend_size(e->backend);
+    e->nbd.alignment = backend_alignment(e->backend);
     e->nbd.closing = false;
     e->shutting_down = false;
     return 0;
 }
 
+static bool wait_cancel(struct co_wait *w)
+{
+    (void)w; /* only empty_wait points to it, and its waiter clears that */
+    return true;
+}
+
+/* Until the last one has let go. -ETIMEDOUT. */
+static int co_fn control_fn wait_for_clients(struct export *e, uint64_t deadline_ns)
+{
+    int r = 0;
+
+    while (r == 0 && e->nbd.clients) {
+        struct co_wait w;
+
+        co_wait_init(&w, wait_cancel);
+        e->nbd.empty_wait = &w;
+        r = co_wait(&w, deadline_ns);
+        e->nbd.empty_wait = NULL;
+    }
+    return e->nbd.clients ? r : 0;
+}
+
+/* Its clients are on their way out already; those whose requests do not end in time are not waited for (P4). */
 static void co_fn control_fn export_co_remove(struct export *e)
 {
     struct exports *all = e->all;
     char *id = xstrdup(e->id);
 
-    while (e->nbd.clients) {
-        struct co_wait w;
-
-        co_wait_init(&w, NULL);
-        e->nbd.empty_wait = &w;
-        (void)co_wait(&w, LOOP_FOREVER); /* not cancellable: clients are on their way out */
-        e->nbd.empty_wait = NULL;
+    co_shield_begin();
+    while (wait_for_clients(e, loop_clock() + graph_change_deadline(all->graph)) < 0) {
+        log_warning("export '%s': %u clients have requests that do not end, leaving these", id,
+                    e->nbd.clients);
+        nbd_export_abandon(all->nbd, &e->nbd);
     }
+    co_shield_end();
     e->backend = backend_co_free(e->backend);
     export_free(e);
     all->deleted(id, all->deleted_arg);
@@ -159,44 +192,75 @@ static void co_fn control_fn remove_main(void *arg)
     export_co_remove(arg);
 }
 
-static int control_fn start_removal(struct export *e, struct error **err)
+/* It takes no new clients, and those that it has are to go. */
+static void control_fn begin_removal(struct export *e)
 {
-    int r;
-
     e->shutting_down = true;
     e->nbd.closing = true;
     nbd_export_disconnect(e->all->nbd, &e->nbd);
-    r = co_scope_start(&e->all->scope, remove_main, e);
-    if (r < 0) {
-        e->shutting_down = false;
-        e->nbd.closing = false;
-        return error_set(err, -r, "export '%s': no memory for its removal", e->id);
-    }
-    return 0;
 }
 
 int exports_del(struct exports *all, const char *id, bool hard, struct error **err)
 {
     struct export *e = find_export(all, id);
+    int r;
 
     if (!e)
         return error_set(err, ENOENT, "there is no export '%s'", id);
     if (e->shutting_down)
-        return error_set(err, EALREADY, "export '%s' is being removed already", id);
+        return error_set(err, EALREADY, "export '%s' is %s", id,
+                         e->backend ? "being removed already" : "still being added");
     if (!hard && e->nbd.clients)
         return error_set(err, EBUSY, "export '%s' has %u clients: use mode=hard to disconnect them",
                          id, e->nbd.clients);
-    return start_removal(e, err);
+    begin_removal(e);
+    r = co_scope_start(&all->scope, remove_main, e);
+    if (r < 0) {
+        e->shutting_down = false;
+        e->nbd.closing = false;
+        return error_set(err, -r, "export '%s': no memory for its removal", id);
+    }
+    return 0;
 }
 
 int exports_co_nbd_start(struct exports *all, const struct socket_address *address,
                          unsigned max_connections, struct error **err)
 {
+    int r;
+
     if (all->nbd)
         return error_set(err, EEXIST, "the NBD server is running already, at %s",
                          socket_name(all->nbd->listener));
-    return nbd_server_co_start(&all->nbd, address, max_connections, all->io_loops,
-                               all->io_loop_count, err);
+    if (all->nbd_starting)
+        return error_set(err, EEXIST, "the NBD server is being started already");
+    all->nbd_starting = true;
+    r = nbd_server_co_start(&all->nbd, address, max_connections, all->io_loops, all->io_loop_count,
+                            err);
+    all->nbd_starting = false;
+    return r;
+}
+
+static void co_fn control_fn wait_for_additions(struct exports *all)
+{
+    struct co_wait w;
+
+    if (!all->adding)
+        return;
+    co_wait_init(&w, NULL);
+    all->adding_wait = &w;
+    (void)co_wait(&w, LOOP_FOREVER); /* not cancellable; a change has a deadline */
+    all->adding_wait = NULL;
+}
+
+static struct export *first_that_stays(const struct exports *all)
+{
+    struct export *e;
+
+    list_for_each (&all->exports, e, link) {
+        if (!e->shutting_down)
+            return e;
+    }
+    return NULL;
 }
 
 int exports_co_nbd_stop(struct exports *all, struct error **err)
@@ -205,14 +269,12 @@ int exports_co_nbd_stop(struct exports *all, struct error **err)
 
     if (!all->nbd || all->nbd_stopping)
         return error_set(err, ENOENT, "no NBD server is running");
-    all->nbd_stopping = true;
-    list_for_each (&all->exports, e, link) {
-        int r = e->shutting_down ? 0 : start_removal(e, err);
-
-        if (r < 0) {
-            all->nbd_stopping = false;
-            return r;
-        }
+    all->nbd_stopping = true; /* nothing is added from here on */
+    wait_for_additions(all);
+    while ((e = first_that_stays(all))) { /* it may be gone when its removal has begun */
+        begin_removal(e);
+        if (co_scope_start(&all->scope, remove_main, e) < 0)
+            export_co_remove(e); /* there is no memory to do them all at once */
     }
     co_scope_join(&all->scope);
     all->nbd = nbd_server_co_stop(all->nbd);

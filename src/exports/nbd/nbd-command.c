@@ -52,7 +52,7 @@ static int check(const struct nbd_request *req)
         return -EPERM;
     if (req->type == NBD_CMD_FLUSH)
         return req->offset || req->len ? -EINVAL : 0;
-    if (!range_within(req->offset, req->len, backend_size(c->backend)))
+    if (!range_within(req->offset, req->len, c->export->size))
         return changes_data(req->type) ? -ENOSPC : -EINVAL;
     if (req->type == NBD_CMD_READ && req->len > NBD_MAX_PAYLOAD)
         return -EOVERFLOW;
@@ -61,6 +61,21 @@ static int check(const struct nbd_request *req)
     if (req->type == NBD_CMD_BLOCK_STATUS && (!c->context_allocation || !req->len))
         return -EINVAL;
     return 0;
+}
+
+uint32_t nbd_request_cost(const struct nbd_request *req)
+{
+    switch (req->type) {
+    case NBD_CMD_READ:
+    case NBD_CMD_WRITE:
+        return req->len <= NBD_MAX_PAYLOAD ? req->len : 0; /* longer ones are refused */
+    case NBD_CMD_CACHE:
+        return MIN(req->len, CACHE_STEP);
+    case NBD_CMD_BLOCK_STATUS:
+        return MAX_EXTENTS * sizeof(struct extent);
+    default:
+        return 0;
+    }
 }
 
 static enum request_kind request_kind_of(uint16_t type)

@@ -79,7 +79,7 @@ static int co_fn option_export_name(struct nbd_connection *c, const struct optio
 
     if (nbd_connection_co_bind(c, (const char *)o->data, o->len) < 0)
         return -ENOENT; /* this option has no way to say so */
-    store_be64(reply, backend_size(c->backend));
+    store_be64(reply, c->export->size);
     store_be16(reply + 8, (uint16_t)nbd_transmission_flags(c, c->export));
     return send_bytes(c, reply, c->no_zeroes ? 10 : sizeof(reply));
 }
@@ -143,7 +143,7 @@ static int co_fn send_info_export(struct nbd_connection *c, uint32_t option)
     uint8_t data[12];
 
     store_be16(data, NBD_INFO_EXPORT);
-    store_be64(data + 2, backend_size(c->backend));
+    store_be64(data + 2, c->export->size);
     store_be16(data + 10, (uint16_t)nbd_transmission_flags(c, c->export));
     return send_reply(c, option, NBD_REP_INFO, data, sizeof(data));
 }
@@ -166,7 +166,7 @@ static int co_fn send_info_block_size(struct nbd_connection *c, uint32_t option)
 
     store_be16(data, NBD_INFO_BLOCK_SIZE);
     store_be32(data + 2, 1);
-    store_be32(data + 6, MAX(4096u, backend_alignment(c->backend)));
+    store_be32(data + 6, MAX(4096u, c->export->alignment));
     store_be32(data + 10, NBD_MAX_PAYLOAD);
     return send_reply(c, option, NBD_REP_INFO, data, sizeof(data));
 }

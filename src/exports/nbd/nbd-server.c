@@ -31,23 +31,24 @@ struct bind_call {
     struct nbd_export *export;
 };
 
-static void bind_on_control(void *arg)
-{
-    struct bind_call *call = arg;
-    struct nbd_export *e = nbd_server_find(call->connection->server, call->name, call->len);
-
-    if (e)
-        e->clients++; /* NBD-2 */
-    call->connection->bound = e;
-    call->export = e;
-}
-
 static void release_export(struct nbd_connection *c)
 {
     struct nbd_export *e = take(&c->bound);
 
     if (e && --e->clients == 0 && e->empty_wait && !e->empty_wait->ended)
         co_wait_end(e->empty_wait, 0);
+}
+
+static void bind_on_control(void *arg)
+{
+    struct bind_call *call = arg;
+    struct nbd_export *e = nbd_server_find(call->connection->server, call->name, call->len);
+
+    release_export(call->connection); /* of one whose unbinding failed */
+    if (e)
+        e->clients++; /* NBD-2 */
+    call->connection->bound = e;
+    call->export = e;
 }
 
 static void unbind_on_control(void *arg)
@@ -144,6 +145,7 @@ static void shutdown_returned(struct loop_message *m)
     free_if_over(c);
 }
 
+/* Waits on the socket end; requests in flight are carried out, their replies go nowhere. */
 static void shutdown_arrived(struct loop_message *m)
 {
     struct nbd_connection *c = container_of(m, struct nbd_connection, shutdown);
@@ -154,24 +156,41 @@ static void shutdown_arrived(struct loop_message *m)
     loop_post(c->server->control, m);
 }
 
-/* Its waits on the socket end; requests in flight are carried out, their replies go nowhere. */
-static void disconnect(struct nbd_connection *c)
+static void abandon_arrived(struct loop_message *m)
+{
+    co_scope_cancel(&container_of(m, struct nbd_connection, shutdown)->requests);
+    shutdown_arrived(m);
+}
+
+/* If the message is still out, its loop is silent: whoever waits for the connection's end asks again. */
+static void send_shutdown(struct nbd_connection *c, loop_message_fn *fn)
 {
     if (c->shutdown_out || c->ended)
         return;
     c->shutdown_out = true;
-    c->shutdown.fn = shutdown_arrived;
+    c->shutdown.fn = fn;
     loop_post(c->loop, &c->shutdown);
 }
 
-void nbd_export_disconnect(struct nbd_server *server, const struct nbd_export *export)
+static void shut_down_clients(struct nbd_server *server, const struct nbd_export *export,
+                              loop_message_fn *fn)
 {
     struct nbd_connection *c;
 
     list_for_each (&server->connections, c, link) {
         if (c->bound == export)
-            disconnect(c);
+            send_shutdown(c, fn);
     }
+}
+
+void nbd_export_disconnect(struct nbd_server *server, const struct nbd_export *export)
+{
+    shut_down_clients(server, export, shutdown_arrived);
+}
+
+void nbd_export_abandon(struct nbd_server *server, const struct nbd_export *export)
+{
+    shut_down_clients(server, export, abandon_arrived);
 }
 
 static void connection_new(struct nbd_server *server, struct socket *socket)
@@ -267,7 +286,7 @@ struct nbd_server *nbd_server_co_stop(struct nbd_server *server)
     co_scope_join(&server->scope);
     server->listener = socket_free(server->listener);
     list_for_each (&server->connections, c, link)
-        disconnect(c);
+        send_shutdown(c, shutdown_arrived);
     while (server->connection_count) {
         struct co_wait w;
 

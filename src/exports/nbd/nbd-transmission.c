@@ -31,7 +31,7 @@ void nbd_request_free(struct nbd_request *req)
     struct nbd_connection *c = req->connection;
 
     c->request_count--;
-    c->request_bytes -= req->len <= NBD_MAX_PAYLOAD ? req->len : 0;
+    c->request_bytes -= req->cost;
     req->buf = iobuf_unref(req->buf);
     req->next = c->free_requests;
     c->free_requests = req;
@@ -61,7 +61,8 @@ static struct nbd_request *request_new(struct nbd_connection *c, const uint8_t *
     req->payload = NULL;
     req->payload_len = 0;
     c->request_count++;
-    c->request_bytes += req->len <= NBD_MAX_PAYLOAD ? req->len : 0;
+    req->cost = nbd_request_cost(req);
+    c->request_bytes += req->cost;
     return req;
 }
 
@@ -109,7 +110,7 @@ static int co_fn take_payload(struct nbd_connection *c, struct nbd_request *req)
     size_t here = MIN(c->rx_end - c->rx_start, (size_t)req->len);
 
     if (here == req->len && req->len <= IN_PLACE_MAX && c->request_count <= IN_PLACE_REQUESTS &&
-        backend_alignment(c->backend) == 1) {
+        c->export->alignment == 1) {
         req->buf = iobuf_ref(c->rx);
         req->data = c->rx->data + c->rx_start;
         c->rx_start += here;

@@ -40,6 +40,8 @@ struct nbd_export {
     char *name;
     char *description; /* or NULL */
     struct backend *backend;
+    uint64_t size;      /* as it was at creation: an export does not tolerate resizing */
+    unsigned alignment; /* as it was then; only a hint */
     bool writable;
     bool writethrough;
     bool closing; /* takes no new clients */
@@ -102,7 +104,7 @@ struct nbd_connection {
 
     /* In flight (NBD-3). */
     unsigned request_count;
-    size_t request_bytes;
+    size_t request_bytes; /* sum of their `cost` */
     struct co_wait *room;
     struct nbd_request *free_requests;
 
@@ -124,6 +126,7 @@ struct nbd_request {
     uint64_t cookie;
     uint64_t offset;
     uint32_t len;
+    uint32_t cost;     /* bytes of memory that it takes, about */
     struct iobuf *buf; /* what data lies in */
     uint8_t *data;     /* read, write: the payload. Block status: the descriptors */
 
@@ -146,7 +149,10 @@ int co_fn control_fn nbd_server_co_start(struct nbd_server **ret,
 struct nbd_server *co_fn control_fn nbd_server_co_stop(struct nbd_server *server);
 /* NULL if there is none of this name, or it is closing. */
 struct nbd_export *nbd_server_find(const struct nbd_server *server, const char *name, size_t len);
+/* Ends the connections of its clients; requests in flight are carried out. */
 void nbd_export_disconnect(struct nbd_server *server, const struct nbd_export *export);
+/* Lets go of what is in flight for these, too: for requests that do not end. */
+void nbd_export_abandon(struct nbd_server *server, const struct nbd_export *export);
 /* Binds the connection to the export of this name, on the control thread from the connection's loop. -ENOENT, -ENOMEM. */
 int co_fn nbd_connection_co_bind(struct nbd_connection *c, const char *name, size_t len);
 /* Negative: no memory for it; the connection must end then, which lets go too. */
@@ -159,7 +165,10 @@ unsigned nbd_transmission_flags(const struct nbd_connection *c, const struct nbd
 /* nbd-transmission.c: returns when the client has gone, or is to go, and all its requests have ended. */
 void co_fn nbd_co_transmission(struct nbd_connection *c);
 
-/* nbd-command.c: carries one request out and queues its reply. */
+/* nbd-command.c */
+/* How much memory the request will hold, about; from its head. */
+uint32_t nbd_request_cost(const struct nbd_request *req);
+/* Carries one request out and queues its reply. */
 void co_fn nbd_request_run(void *request);
 
 /* nbd-reply.c */
