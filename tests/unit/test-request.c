@@ -6,8 +6,8 @@
 #include "base/atomic.h"
 #include "base/checked.h"
 #include "base/prng.h"
-#include "loop/lock.h"
 #include "graph-fixture.h"
+#include "loop/lock.h"
 #include "null-co-options.h"
 #include "seeds.h"
 
