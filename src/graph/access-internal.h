@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A change of access in steps, for changes of the graph: walk, prepare, then commit or abort. */
+/* A change of access in steps, for changes of the graph: walk, prepare, then commit and finish, or abort. */
 #ifndef CAIRN_GRAPH_ACCESS_INTERNAL_H
 #define CAIRN_GRAPH_ACCESS_INTERNAL_H
 
@@ -23,10 +23,12 @@ int access_walk_edge(struct access_walk *walk, struct edge *edge, struct access 
 /* The same for a node whose users change. */
 int access_walk_node(struct access_walk *walk, struct node *node, struct error **err);
 
-/* Tells the drivers that guard their access. Then commit or abort. */
+/* Tells the drivers that guard their access what they will need beside what they hold. Then commit or abort. */
 int co_fn control_fn access_co_prepare(struct access_walk *walk, struct error **err);
 /* Memory only. */
 void access_commit(struct access_walk *walk);
+/* Tells the drivers what they need no more. */
+void co_fn control_fn access_co_finish(struct access_walk *walk);
 void co_fn control_fn access_co_abort(struct access_walk *walk);
 
 #endif

@@ -6,11 +6,15 @@
 #include "graph/access.h"
 #include "base/macros.h"
 #include "graph/access-internal.h"
+#include "graph/change.h"
 #include "graph/graph-internal.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+
+/* How often it is looked whether the host has ended what was left to it. */
+#define LOOK_NS (20 * NS_PER_MS)
 
 const char *access_text(unsigned bits, char *buf)
 {
@@ -152,27 +156,102 @@ int access_walk_node(struct access_walk *walk, struct node *node, struct error *
     return walk_node(walk, node, err);
 }
 
-/*
- * A driver that guards its access keeps what it holds while writes of its node have not ended: nobody else may come near what
- * they will still change (G9).
- */
-static int co_fn control_fn set_access(struct node *node, struct access access, struct error **err)
+static int co_fn control_fn tell(struct node *node, struct access access, struct error **err)
 {
-    if (!node->driver->co_set_access || node_unresolved(node))
+    int r;
+
+    if (!node->driver->co_set_access ||
+        (access.wants == node->told.wants && access.tolerates == node->told.tolerates))
         return 0;
-    return node->driver->co_set_access(node, access, err);
+    r = node->driver->co_set_access(node, access, err);
+    if (r == 0)
+        node->told = access;
+    return r;
 }
 
+/* What was held stays held beside what will be: until the commit the old users write, and there may be a way back. */
 int access_co_prepare(struct access_walk *walk, struct error **err)
 {
     for (; walk->told < walk->node_count; walk->told++) {
         struct node *node = walk->nodes[walk->told];
-        int r = set_access(node, node_access_sum(node), err);
+        struct access both = node_access_sum(node);
+        int r;
 
+        both.wants |= node->told.wants;
+        both.tolerates &= node->told.tolerates;
+        r = tell(node, both, err);
         if (r < 0)
             return r;
     }
     return 0;
+}
+
+static void co_fn control_fn tell_late_main(void *arg);
+
+/*
+ * Tells a driver what its users hold now, which is no more than it has been told. While writes of its node have not ended it
+ * keeps what it holds: nobody else may come near what they will still change (G9).
+ */
+static void co_fn control_fn settle(struct node *node)
+{
+    AUTO(error_free) struct error *ignored = NULL;
+    struct graph *g = node->graph;
+
+    if (!node_unresolved(node)) {
+        co_shield_begin();
+        (void)tell(node, node->access, &ignored); /* less than it holds: nobody is against it */
+        co_shield_end();
+        return;
+    }
+    node->told_late = true;
+    if (g->telling_late)
+        return;
+    g->telling_late = true;
+    if (co_scope_start(&g->closers, tell_late_main, g) < 0)
+        g->telling_late = false; /* the next change of its access does it */
+}
+
+/* A node whose writes have ended at last, and that no change is busy with; `ret_more`: there are others to come. */
+static struct node *find_late(struct graph *g, bool *ret_more)
+{
+    struct node *node;
+
+    *ret_more = false;
+    list_for_each (&g->nodes, node, link) {
+        if (node->told_late && node->refs && !node->reserved_by && !node_unresolved(node))
+            return node;
+        *ret_more |= node->told_late;
+    }
+    return NULL;
+}
+
+static void co_fn control_fn tell_late(struct graph *g, const char *node_name)
+{
+    AUTO(error_free) struct error *ignored = NULL;
+    char name[NODE_NAME_MAX + 1]; /* the node may go while the change waits for it */
+    struct change change;
+
+    (void)snprintf(name, sizeof(name), "%s", node_name);
+    change_init(&change, g, "unlocking of node '%s'", name);
+    if (change_add_root(&change, name, &ignored) == 0 && change_co_reserve(&change, &ignored) == 0)
+        settle(graph_find(g, name));
+    change_end(&change);
+}
+
+static void co_fn control_fn tell_late_main(void *arg)
+{
+    struct graph *g = arg;
+    bool more = true;
+
+    while (more && co_sleep_until(loop_clock() + LOOK_NS) == 0) {
+        struct node *node;
+
+        while ((node = find_late(g, &more))) {
+            node->told_late = false;
+            tell_late(g, node->name);
+        }
+    }
+    g->telling_late = false;
 }
 
 void access_commit(struct access_walk *walk)
@@ -185,17 +264,19 @@ void access_commit(struct access_walk *walk)
         walk->nodes[i]->access = node_access_sum(walk->nodes[i]);
 }
 
-/* Those that were told get their old access back, which they held a moment ago. */
+void access_co_finish(struct access_walk *walk)
+{
+    for (unsigned i = 0; i < walk->node_count; i++)
+        settle(walk->nodes[i]);
+}
+
+/* Those that were told get their old access back, which they hold still. */
 void access_co_abort(struct access_walk *walk)
 {
     for (unsigned i = 0; i < walk->edge_count; i++)
         walk->edges[i]->is_pending = false;
-    while (walk->told) {
-        struct node *node = walk->nodes[--walk->told];
-        AUTO(error_free) struct error *ignored = NULL;
-
-        (void)set_access(node, node->access, &ignored);
-    }
+    while (walk->told)
+        settle(walk->nodes[--walk->told]);
 }
 
 int access_change(struct edge *edge, struct access access, struct error **err)
@@ -205,9 +286,11 @@ int access_change(struct edge *edge, struct access access, struct error **err)
 
     if (r == 0)
         r = access_co_prepare(&walk, err);
-    if (r == 0)
+    if (r == 0) {
         access_commit(&walk);
-    else
+        access_co_finish(&walk);
+    } else {
         access_co_abort(&walk);
+    }
     return r;
 }

@@ -16,8 +16,12 @@ struct backend {
     struct list link; /* in graph->backends */
     char *owner;
     struct node *owner_node; /* the node that has it for its own use (G2); NULL: a client */
+    struct list owned_link;  /* in owner_node->owned */
     struct list change_link; /* in change->backends */
     bool drained;            /* within a change */
 };
+
+/* Attached to a node, with no access: for changes that have reserved it. */
+struct backend *control_fn backend_new(struct node *node, const char *owner);
 
 #endif

@@ -13,6 +13,21 @@
 #include <errno.h>
 #include <stdlib.h>
 
+struct backend *backend_new(struct node *node, const char *owner)
+{
+    struct backend *b = xnew(struct backend);
+
+    gate_init(&b->gate);
+    b->graph = node->graph;
+    b->owner = xstrdup(owner);
+    list_init(&b->change_link);
+    list_init(&b->owned_link);
+    list_append(&b->graph->backends, &b->link);
+    node->refs++;
+    b->root = edge_new(NULL, b, node, "root");
+    return b;
+}
+
 int backend_co_new(struct backend **ret, struct graph *graph, const char *node_name,
                    struct access access, const char *owner, struct error **err)
 {
@@ -28,14 +43,7 @@ int backend_co_new(struct backend **ret, struct graph *graph, const char *node_n
     if (r == 0)
         r = graph_need(graph, node_name, &node, err);
     if (r == 0) {
-        b = xnew(struct backend);
-        gate_init(&b->gate);
-        b->graph = graph;
-        b->owner = xstrdup(owner);
-        list_init(&b->change_link);
-        list_append(&graph->backends, &b->link);
-        node->refs++;
-        b->root = edge_new(NULL, b, node, "root");
+        b = backend_new(node, owner);
         r = access_change(b->root, access, err);
     }
     change_end(&change);
@@ -50,6 +58,7 @@ int backend_co_new(struct backend **ret, struct graph *graph, const char *node_n
 void backend_set_owner_node(struct backend *b, struct node *owner)
 {
     b->owner_node = owner;
+    list_append(&owner->owned, &b->owned_link);
 }
 
 /* G7: cuts what does not come to an end. */
@@ -77,16 +86,19 @@ struct backend *backend_co_free(struct backend *b)
     if (!b)
         return NULL;
     change_init(&change, b->graph, "removal of %s", b->owner);
-    change_co_hold(&change, b->root->node);
+    if (b->owner_node && !b->owner_node->refs)
+        change.within = b->owner_node->reserved_by; /* its owner is being closed, by this one */
+    change_co_hold(&change, b->root);
     co_shield_begin();
-    gate_close(&b->gate);
+    gate_end(&b->gate);
     drain_or_cut(b);
     gate_co_release(&b->gate);
     (void)access_change(b->root, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
-    co_shield_end();
+    list_remove(&b->link); /* before it has no root any more: queries come while we wait */
+    list_remove(&b->owned_link);
     node_co_unref(edge_free(b->root));
+    co_shield_end();
     change_end(&change);
-    list_remove(&b->link);
     for (unsigned i = 0; i < LOOP_MAX; i++)
         free(b->stats[i]);
     free(b->owner);
@@ -146,6 +158,7 @@ static int co_fn run_step(struct backend *b, struct request *req)
     if (unlikely(r < 0))
         return r;
     req->pass = &pass; /* dropped below: it is this request's alone */
+    req->frame = NULL;
     do {
         r = edge_co_request(b->root, req);
         if (unlikely(r == -ERESTART)) {

@@ -2,6 +2,7 @@
 /* Reservations: changes against changes (G5, CHANGE-1). */
 #include "base/alloc.h"
 #include "base/macros.h"
+#include "graph/backend-internal.h"
 #include "graph/change.h"
 #include "graph/graph-internal.h"
 #include "loop/co.h"
@@ -10,80 +11,48 @@
 #include <errno.h>
 #include <stdlib.h>
 
-typedef const char *subtree_fn(struct node *node, struct change *c);
-
-/* Calls fn for a node and all below it until one returns non-NULL, which is returned. */
-static const char *for_subtree(struct node *node, subtree_fn *fn, struct change *c)
+/* A node that the change starts from, as the graph is now: others may have changed it while this one waited. */
+static void walk_from(const struct change *c, struct node *root, uint64_t walk)
 {
-    const char *found = fn(node, c);
-    const struct edge *e;
+    graph_walk(root, WALK_DOWN, walk);
+    if (c->upwards)
+        graph_walk(root, WALK_UP, walk);
+}
 
-    list_for_each (&node->children, e, parent_link) {
-        if (found)
-            break;
-        found = for_subtree(e->node, fn, c);
+/* Marks all that a change touches. -ENOENT if a node that it names is not there. */
+static int walk_touched(const struct change *c, uint64_t walk, struct error **err)
+{
+    for (unsigned i = 0; i < c->root_count; i++) {
+        struct node *root;
+        int r = graph_need(c->graph, c->roots[i], &root, err);
+
+        if (r < 0)
+            return r;
+        walk_from(c, root, walk);
     }
-    return found;
+    if (c->root_edge)
+        walk_from(c, c->root_edge->node, walk);
+    if (c->insider)
+        walk_from(c, c->insider->root->node, walk);
+    return 0;
 }
 
-/* The same for a node and all above it. */
-static const char *for_ancestors(struct node *node, subtree_fn *fn, struct change *c)
+static bool is_touched(const struct node *node, uint64_t walk)
 {
-    const char *found = fn(node, c);
-    const struct edge *e;
-
-    list_for_each (&node->parents, e, child_link) {
-        if (found)
-            break;
-        if (e->parent)
-            found = for_ancestors(e->parent, fn, c);
-    }
-    return found;
+    return node->walked[WALK_DOWN] == walk || node->walked[WALK_UP] == walk;
 }
 
-/* All that a change from this root touches. */
-static const char *for_touched(struct node *root, subtree_fn *fn, struct change *c)
+/* Does a change that came first and still waits want any of the nodes that are `touched`? */
+static bool wants_touched(const struct change *other)
 {
-    const char *found = for_subtree(root, fn, c);
+    AUTO(error_free) struct error *ignored = NULL;
+    uint64_t walk = graph_walk_begin(other->graph);
+    const struct node *node;
 
-    return found || !c->upwards ? found : for_ancestors(root, fn, c);
-}
-
-static const char *holder_of(struct node *node, struct change *c)
-{
-    return node->reserved_by && node->reserved_by != c ? node->reserved_by->what : NULL;
-}
-
-static const char *take_node(struct node *node, struct change *c)
-{
-    node->reserved_by = c;
-    return NULL;
-}
-
-static bool subtree_has(const struct node *node, const struct node *other)
-{
-    const struct edge *e;
-
-    if (node == other)
-        return true;
-    list_for_each (&node->children, e, parent_link) {
-        if (subtree_has(e->node, other))
+    (void)walk_touched(other, walk, &ignored); /* one that finds nothing wants nothing */
+    list_for_each (&other->graph->nodes, node, link) {
+        if (node->touched && is_touched(node, walk))
             return true;
-    }
-    return false;
-}
-
-/* Do the nodes of two waiting changes overlap? Conservative: compares each one's roots with the other's subtrees. */
-static bool changes_overlap(const struct change *a, const struct change *b)
-{
-    for (unsigned i = 0; i < a->root_count; i++) {
-        for (unsigned k = 0; k < b->root_count; k++) {
-            const struct node *na = graph_find(a->graph, a->roots[i]);
-            const struct node *nb = graph_find(b->graph, b->roots[k]);
-
-            if (na && nb && (subtree_has(na, nb) || subtree_has(nb, na)))
-                return true;
-        }
     }
     return false;
 }
@@ -91,27 +60,42 @@ static bool changes_overlap(const struct change *a, const struct change *b)
 /* 1: all is free. 0: *ret_holder holds some of it, or came first for it. */
 static int can_hold(struct change *c, const char **ret_holder, struct error **err)
 {
+    uint64_t walk = graph_walk_begin(c->graph);
     struct change *other;
+    struct node *node;
+    int r = walk_touched(c, walk, err);
 
-    for (unsigned i = 0; i < c->root_count; i++) {
-        struct node *root;
-        int r = graph_need(c->graph, c->roots[i], &root, err);
-
-        if (r < 0)
-            return r;
-        *ret_holder = for_touched(root, holder_of, c);
-        if (*ret_holder)
+    if (r < 0)
+        return r;
+    list_for_each (&c->graph->nodes, node, link)
+        node->touched = is_touched(node, walk);
+    list_for_each (&c->graph->nodes, node, link) {
+        if (node->touched && node->reserved_by && node->reserved_by != c->within) {
+            *ret_holder = node->reserved_by->what;
             return 0;
+        }
     }
     list_for_each (&c->graph->changes, other, link) {
-        if (other == c)
+        if (other == c || c->within)
             break;
-        if (!other->holds && changes_overlap(other, c)) {
+        if (!other->holds && wants_touched(other)) {
             *ret_holder = other->what;
             return 0;
         }
     }
     return 1;
+}
+
+/* What can_hold() has just found to be free. */
+static void take_touched(struct change *c)
+{
+    struct node *node;
+
+    list_for_each (&c->graph->nodes, node, link) {
+        if (node->touched && !node->reserved_by)
+            node->reserved_by = c;
+    }
+    c->holds = true;
 }
 
 static bool wait_cancel(struct co_wait *w)
@@ -140,9 +124,7 @@ static int co_fn control_fn reserve_until(struct change *c, uint64_t deadline, s
     }
     if (r < 0)
         return r;
-    for (unsigned i = 0; i < c->root_count; i++)
-        (void)for_touched(graph_find(c->graph, c->roots[i]), take_node, c);
-    c->holds = true;
+    take_touched(c);
     return 0;
 }
 
@@ -151,11 +133,11 @@ int change_co_reserve(struct change *c, struct error **err)
     return reserve_until(c, loop_clock() + c->graph->change_deadline_ns, err);
 }
 
-void change_co_hold(struct change *c, const struct node *node)
+void change_co_hold(struct change *c, const struct edge *edge)
 {
     AUTO(error_free) struct error *ignored = NULL;
 
-    c->roots[c->root_count++] = node->name;
+    c->root_edge = edge;
     co_shield_begin();
     (void)reserve_until(c, LOOP_FOREVER, &ignored); /* shielded, no deadline, and the node exists */
     co_shield_end();

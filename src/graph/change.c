@@ -53,6 +53,22 @@ struct pass *action_pass(struct change_action *a)
     return &a->change->pass;
 }
 
+/* D3, G9: whose metadata is not for certain, or may still be written to by the host, is not written to. */
+static int check_metadata(const struct change_action *a, struct error **err)
+{
+    unsigned unended = a->node && a->ops->co_persist ? node_unresolved_below(a->node) : 0;
+
+    if (a->node && a->node->needs_reopen)
+        return error_set(err, EIO,
+                         "node '%s' must be opened anew: its metadata could not be written for "
+                         "certain",
+                         a->node->name);
+    if (unended)
+        return error_set(err, EBUSY, "node '%s': the host has not ended %u earlier operations",
+                         a->node->name, unended);
+    return 0;
+}
+
 static int co_fn control_fn prepare_all(struct change *c, struct error **err)
 {
     struct change_action *a;
@@ -60,44 +76,35 @@ static int co_fn control_fn prepare_all(struct change *c, struct error **err)
     list_for_each (&c->actions, a, link) {
         int r = 0;
 
-        if (a->node && a->node->needs_reopen)
-            return error_set(err, EIO,
-                             "node '%s' must be opened anew: its metadata could not be written for "
-                             "certain",
-                             a->node->name);
         a->stage = CHANGE_PREPARED; /* also when it fails: abort takes back what there is */
         if (a->ops->co_prepare)
             r = a->ops->co_prepare(a, err);
+        if (r == 0)
+            r = check_metadata(a, err);
         if (r < 0)
             return r;
     }
     return 0;
 }
 
-/* The backends whose requests can reach a node: above it, and those of their own that nodes above it have. */
-static void collect_above(struct change *c, struct node *node)
+/* The nodes that requests through these backends can be on their way to. */
+static void walk_roots_up(struct change *c, uint64_t walk)
 {
-    struct edge *e;
-
-    list_for_each (&node->parents, e, child_link) {
-        if (!e->backend) {
-            collect_above(c, e->parent);
-            continue;
-        }
-        if (list_empty(&e->backend->change_link))
-            list_append(&c->backends, &e->backend->change_link);
-        if (e->backend->owner_node)
-            collect_above(c, e->backend->owner_node);
-    }
+    for (unsigned i = 0; i < c->root_count; i++)
+        graph_walk(graph_find(c->graph, c->roots[i]), WALK_UP, walk);
 }
 
+/* Those above what changes; the insider in any case. */
 static void control_fn close_gates(struct change *c)
 {
+    uint64_t walk = graph_walk_begin(c->graph);
     struct backend *b;
 
-    for (unsigned i = 0; i < c->root_count; i++)
-        collect_above(c, graph_find(c->graph, c->roots[i]));
-    list_for_each (&c->backends, b, change_link) {
+    walk_roots_up(c, walk);
+    list_for_each (&c->graph->backends, b, link) {
+        if (b->root->node->walked[WALK_UP] != walk && b != c->insider)
+            continue;
+        list_append(&c->backends, &b->change_link);
         b->drained = false;
         if (b != c->insider)
             gate_close(&b->gate);
@@ -105,18 +112,23 @@ static void control_fn close_gates(struct change *c)
 }
 
 /* Is everything drained that can still send requests into this node? */
-static bool drained_above(const struct node *node)
+static bool drained_above(struct change *c, struct node *node)
 {
-    const struct edge *e;
+    uint64_t walk = graph_walk_begin(c->graph);
+    const struct backend *b;
 
-    list_for_each (&node->parents, e, child_link) {
-        if (e->backend ? !e->backend->drained : !drained_above(e->parent))
+    graph_walk(node, WALK_UP, walk);
+    list_for_each (&c->backends, b, change_link) {
+        if (!b->drained && b->root->node->walked[WALK_UP] == walk)
             return false;
     }
     return true;
 }
 
-/* G2: those first that no node owns, then those of nodes above which all is drained. */
+/*
+ * G2: those first that no node owns, then those of nodes above which all is drained. What waits for the insider is left to a
+ * second call.
+ */
 static int co_fn control_fn drain_gates(struct change *c, struct error **err)
 {
     bool progress = true;
@@ -127,7 +139,8 @@ static int co_fn control_fn drain_gates(struct change *c, struct error **err)
         list_for_each (&c->backends, b, change_link) {
             int r;
 
-            if (b->drained || b == c->insider || (b->owner_node && !drained_above(b->owner_node)))
+            if (b->drained || b == c->insider ||
+                (b->owner_node && !drained_above(c, b->owner_node)))
                 continue;
             r = gate_co_drained(&b->gate, b->owner, c->deadline_ns, err);
             if (r < 0)
@@ -169,12 +182,13 @@ static int co_fn control_fn run_timed(struct change *c,
     return r < 0 ? error_set(err, -r, "%s: no memory for a coroutine", c->what) : call.result;
 }
 
-/* G3: the insider's last run, then its gate. */
+/* G3: the insider's last run. */
 static int co_fn control_fn run_insider(struct change *c, struct error **err)
 {
     return c->insider_fn(c, c->insider_arg, err);
 }
 
+/* Then its gate, and what nodes below it own. */
 static int co_fn control_fn drain_insider(struct change *c, struct error **err)
 {
     int r;
@@ -186,9 +200,10 @@ static int co_fn control_fn drain_insider(struct change *c, struct error **err)
         return r;
     gate_close(&c->insider->gate);
     r = gate_co_drained(&c->insider->gate, c->insider->owner, c->deadline_ns, err);
-    if (r == 0)
-        c->insider->drained = true;
-    return r == 0 ? drain_gates(c, err) : r; /* what a node below it owns */
+    if (r < 0)
+        return r;
+    c->insider->drained = true;
+    return drain_gates(c, err);
 }
 
 static int co_fn control_fn persist_all(struct change *c, struct error **err)
@@ -237,6 +252,25 @@ static int co_fn control_fn undo_timed(struct change *c, struct error **err)
     return 0;
 }
 
+/*
+ * Half a deadline more for the way back, which is gone whoever cancels the change: the gates stay closed no longer than that.
+ */
+static void co_fn control_fn undo(struct change *c)
+{
+    AUTO(error_free) struct error *ignored = NULL;
+    struct change_action *a;
+
+    c->deadline_ns = loop_clock() + c->graph->change_deadline_ns / 2;
+    co_shield_begin();
+    if (run_timed(c, undo_timed, &ignored) < 0) {
+        list_for_each (&c->actions, a, link) { /* not even begun */
+            if (a->stage == CHANGE_PERSISTED && a->node)
+                a->node->needs_reopen = true;
+        }
+    }
+    co_shield_end();
+}
+
 static void co_fn control_fn abort_all(struct change *c)
 {
     for (struct list *l = c->actions.prev; l != &c->actions; l = l->prev) {
@@ -260,7 +294,7 @@ static void control_fn open_gates(struct change *c)
 
 static int co_fn control_fn run_behind_gates(struct change *c, struct error **err)
 {
-    AUTO(error_free) struct error *ignored = NULL;
+    const struct backend *b;
     int r;
 
     close_gates(c);
@@ -269,13 +303,22 @@ static int co_fn control_fn run_behind_gates(struct change *c, struct error **er
         r = drain_insider(c, err);
     if (r < 0)
         return r;
+    list_for_each (&c->backends, b, change_link)
+        assert(b->drained); /* CHANGE-2 */
     r = run_timed(c, persist_all, err);
-    if (r < 0) {
-        /* Half a deadline more for the way back: the gates stay closed no longer than that. */
-        c->deadline_ns = loop_clock() + c->graph->change_deadline_ns / 2;
-        (void)run_timed(c, undo_timed, &ignored);
-    }
+    if (r < 0)
+        undo(c);
     return r;
+}
+
+static void co_fn control_fn finish_all(struct change *c)
+{
+    struct change_action *a;
+
+    list_for_each (&c->actions, a, link) {
+        if (a->ops->co_finish)
+            a->ops->co_finish(a);
+    }
 }
 
 int change_co_run(struct change *c, struct error **err)
@@ -288,7 +331,7 @@ int change_co_run(struct change *c, struct error **err)
     if (r < 0)
         return r;
     c->deadline_ns = loop_clock() + c->graph->change_deadline_ns;
-    r = prepare_all(c, err);
+    r = run_timed(c, prepare_all, err);
     if (r == 0)
         r = run_behind_gates(c, err);
     list_for_each (&c->actions, a, link) {
@@ -296,15 +339,13 @@ int change_co_run(struct change *c, struct error **err)
             a->ops->commit(a);
     }
     open_gates(c);
-    if (r < 0) {
+    co_shield_begin(); /* what is left to do is done, whoever cancels the change */
+    if (r == 0)
+        finish_all(c);
+    else
         abort_all(c);
-        return error_wrap(err, r, "%s", c->what);
-    }
-    list_for_each (&c->actions, a, link) {
-        if (a->ops->co_finish)
-            a->ops->co_finish(a);
-    }
-    return 0;
+    co_shield_end();
+    return r == 0 ? 0 : error_wrap(err, r, "%s", c->what);
 }
 
 void graph_set_change_deadline(struct graph *g, uint64_t ns)

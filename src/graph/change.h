@@ -4,11 +4,12 @@
  * of them are done, or all is undone. Control thread only.
  *
  * CHANGE-1 Before it prepares anything, a change reserves the nodes that it touches, all below them, and all between them
- *          and their backends (G5), so that it commits into the graph that it has seen. Disjoint changes run side by side; an
+ *          and their backends (G5), so that it commits into the graph that it has seen. A backend that a node owns is on the
+ *          way from that node. Disjoint changes run side by side; an
  *          overlapping one queues, FIFO, with a deadline, and a refusal names who holds the node.
  * CHANGE-2 All gates above close at once for roots; then they drain top-down: a backend that a node owns counts as drained
  *          only after all above that node (G2). An insider's gate stays open until it is done (G3).
- * CHANGE-3 One deadline covers draining, the insider and the persist writes. Past it the change is undone, the gates open,
+ * CHANGE-3 One deadline covers prepare, draining, the insider and the persist writes. Past it the change is undone, the gates open,
  *          and the error names who is in the way.
  * CHANGE-4 Nothing that a request does starts or awaits a change.
  */
@@ -70,6 +71,9 @@ struct change {
     char *what; /* as messages name it: "blockdev-add 'disk0'" */
     const char *roots[CHANGE_ROOTS];
     unsigned root_count;
+    const struct edge *root_edge; /* or NULL: the node below it is a root, whichever that will be */
+    const struct change
+        *within;  /* what this one has reserved is free for us: we are a part of it */
     bool upwards; /* reserves what is above, too */
     bool holds;
     struct list link; /* in graph->changes: in order of arrival, holding or waiting */
@@ -89,7 +93,7 @@ void change_init(struct change *c, struct graph *graph, const char *fmt, ...) PR
 int change_add_root(struct change *c, const char *node_name, struct error **err);
 void change_add_action(struct change *c, struct change_action *a,
                        const struct change_action_ops *ops);
-/* Names the one insider. */
+/* Names the one insider; what it uses is reserved too. */
 void change_set_insider(struct change *c, struct backend *b, change_insider_fn *fn, void *arg);
 
 /* Carries the change out, all steps. Then change_end(). */
@@ -100,8 +104,8 @@ int co_fn control_fn change_co_run(struct change *c, struct error **err);
  * more. -ENOENT if one does not exist, -EBUSY at the deadline.
  */
 int co_fn control_fn change_co_reserve(struct change *c, struct error **err);
-/* As above for one node, as long as it takes: for what cannot fail. */
-void co_fn control_fn change_co_hold(struct change *c, const struct node *node);
+/* As above for the node below an edge, as long as it takes: for what cannot fail. */
+void co_fn control_fn change_co_hold(struct change *c, const struct edge *edge);
 /* Gives everything back, and lets the next ones try. */
 void control_fn change_end(struct change *c);
 

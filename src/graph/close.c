@@ -27,7 +27,7 @@ static void co_fn control_fn drop_children(struct node *node)
 
         change_init(&change, node->graph, "close of '%s'", node->name);
         if (node->orphan_ns)
-            change_co_hold(&change, e->node);
+            change_co_hold(&change, e);
         (void)access_change(e, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
         node_co_unref(edge_free(e));
         change_end(&change);
@@ -54,8 +54,9 @@ static void co_fn control_fn close_main(void *arg)
     }
     if (node->opened)
         node->driver->co_close(node);
+    node->opened = false; /* queries come while the children close */
     drop_children(node);
-    assert(list_empty(&node->parents));
+    assert(list_empty(&node->parents) && list_empty(&node->owned));
     forget(node);
     if (node->close_wait && !node->close_wait->ended)
         co_wait_end(node->close_wait, 0);

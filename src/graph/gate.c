@@ -9,10 +9,16 @@
 #include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 /* A loop that does not answer for this long is named. */
 #define SILENT_NS (100 * NS_PER_MS)
+
+enum gate_want { GATE_OPEN, GATE_CLOSED, GATE_ENDING };
+
+/* What the generation is multiplied with. */
+#define GATE_WANTS 4
 
 struct gate_waiter {
     struct list link;
@@ -54,7 +60,7 @@ static void drained_arrived(struct loop_message *m);
 /* GATE-2: once per generation, when the message is at hand. */
 static void report_if_drained(struct gate_slot *slot)
 {
-    if (!slot->closed || slot->count || !slot->drained_home ||
+    if (!slot->reports || slot->count || !slot->drained_home ||
         slot->drained_generation == slot->seen)
         return;
     slot->drained_home = false;
@@ -79,7 +85,7 @@ static void interrupt_cut(struct gate_slot *slot)
     struct pass *pass;
 
     list_for_each (&slot->inside, pass, link) {
-        for (const struct pass_frame *f = pass->top; f; f = f->up) {
+        for (const struct pass_frame *f = pass->top; f; f = f->older) {
             if (edge_is_cut(f->edge)) {
                 co_interrupt(pass->co);
                 break;
@@ -98,7 +104,8 @@ static void obey(struct gate_slot *slot)
     if (wanted == slot->seen)
         return;
     slot->seen = wanted;
-    slot->closed = wanted & 1;
+    slot->closed = wanted % GATE_WANTS == GATE_CLOSED;
+    slot->reports = wanted % GATE_WANTS != GATE_OPEN;
     while (slot->closed && (parked = list_first(&slot->parked, struct gate_parked, link))) {
         list_remove(&parked->link);
         co_wait_end(&parked->wait, -ERESTART); /* G6 */
@@ -114,11 +121,28 @@ static void obey(struct gate_slot *slot)
     report_if_drained(slot);
 }
 
+static void describe_oldest(struct gate_slot *slot)
+{
+    const struct pass *pass = list_first(&slot->inside, struct pass, link);
+    struct gate_oldest *o = &slot->oldest;
+
+    *o = (struct gate_oldest){0};
+    if (!pass)
+        return;
+    o->kind = pass->kind;
+    o->offset = pass->offset;
+    o->len = pass->len;
+    o->arrived_ns = pass->arrived_ns;
+    if (pass->top)
+        (void)snprintf(o->node, sizeof(o->node), "%s", node_name(edge_node(pass->top->edge)));
+}
+
 static void request_arrived(struct loop_message *m)
 {
     struct gate_slot *slot = container_of(m, struct gate_slot, request);
 
     obey(slot);
+    describe_oldest(slot);
     slot->answered = slot->seen;
     m->fn = request_returned;
     loop_post(slot->gate->control, m);
@@ -226,11 +250,11 @@ int gate_enter(struct gate_slot *slot, struct pass *pass)
 
 void gate_leave(struct gate_slot *slot, struct pass *pass)
 {
-    assert(slot == pass->slot && slot->count); /* GATE-1 */
+    assert(slot == pass->slot && slot->count && slot->loop == loop_self()); /* GATE-1 */
     list_remove(&pass->link);
     slot->count--;
     show(slot);
-    if (unlikely(slot->closed))
+    if (unlikely(slot->reports))
         report_if_drained(slot);
 }
 
@@ -267,14 +291,13 @@ int gate_park(struct pass *pass, uint64_t deadline_ns)
 
 bool gate_is_closed(const struct gate *gate)
 {
-    return atomic_get(&gate->wanted) & 1;
+    return atomic_get(&gate->wanted) % GATE_WANTS == GATE_CLOSED;
 }
 
-static void want(struct gate *gate, bool closed)
+/* Sends all slots their message, so that each answers with its oldest request. */
+static void ask(struct gate *gate)
 {
-    uint64_t wanted = atomic_get(&gate->wanted);
-
-    atomic_set(&gate->wanted, (((wanted >> 1) + 1) << 1) | closed);
+    gate->asked_ns = loop_clock();
     for (unsigned i = 0; i < LOOP_MAX; i++) {
         struct gate_slot *slot = atomic_get(&gate->slots[i]);
 
@@ -283,21 +306,35 @@ static void want(struct gate *gate, bool closed)
     }
 }
 
+static void want(struct gate *gate, enum gate_want what)
+{
+    uint64_t wanted = atomic_get(&gate->wanted);
+
+    atomic_set(&gate->wanted, (wanted / GATE_WANTS + 1) * GATE_WANTS + what);
+    ask(gate);
+}
+
 void gate_close(struct gate *gate)
 {
-    assert(!gate_is_closed(gate));
-    want(gate, true);
+    assert(atomic_get(&gate->wanted) % GATE_WANTS == GATE_OPEN);
+    want(gate, GATE_CLOSED);
 }
 
 void gate_open(struct gate *gate)
 {
     assert(gate_is_closed(gate));
-    want(gate, false);
+    want(gate, GATE_OPEN);
+}
+
+void gate_end(struct gate *gate)
+{
+    assert(atomic_get(&gate->wanted) % GATE_WANTS == GATE_OPEN);
+    want(gate, GATE_ENDING);
 }
 
 void gate_cut(struct gate *gate)
 {
-    want(gate, gate_is_closed(gate));
+    want(gate, atomic_get(&gate->wanted) % GATE_WANTS);
 }
 
 /* The first slot that is not drained; NULL if all are. */
@@ -314,19 +351,53 @@ static struct gate_slot *undrained_slot(struct gate *gate)
     return NULL;
 }
 
-static int drain_failed(const struct gate_slot *slot, const char *owner, uint64_t began_ns,
-                        struct error **err)
+/* A loop that has had a message for SILENT_NS and not sent it back; NULL if there is none. */
+static const struct gate_slot *silent_slot(const struct gate *gate, uint64_t now)
+{
+    for (unsigned i = 0; i < LOOP_MAX && now - gate->asked_ns >= SILENT_NS; i++) {
+        const struct gate_slot *slot = atomic_get(&gate->slots[i]);
+
+        if (slot && !slot->request_home)
+            return slot;
+    }
+    return NULL;
+}
+
+/* The oldest request of all loops that have said so; NULL if there is none. */
+static const struct gate_oldest *oldest_of_all(const struct gate *gate)
+{
+    const struct gate_oldest *oldest = NULL;
+
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        const struct gate_slot *slot = atomic_get(&gate->slots[i]);
+
+        if (slot && slot->request_home && slot->oldest.arrived_ns &&
+            (!oldest || slot->oldest.arrived_ns < oldest->arrived_ns))
+            oldest = &slot->oldest;
+    }
+    return oldest;
+}
+
+static int drain_failed(const struct gate *gate, const char *owner, struct error **err)
 {
     uint64_t now = loop_clock();
-    uint64_t oldest = atomic_get_relaxed(&slot->shown_oldest_ns); /* for the message only */
+    const struct gate_slot *silent = silent_slot(gate, now);
+    const struct gate_oldest *oldest = oldest_of_all(gate);
+    struct gate_picture picture;
 
-    if (slot->answered != atomic_get(&slot->gate->wanted) && now - began_ns >= SILENT_NS)
+    if (silent)
         return error_set(err, ETIMEDOUT, "%s: thread '%s' has not answered for %" PRIu64 " ms",
-                         owner, loop_name(slot->loop), (now - began_ns) / NS_PER_MS);
+                         owner, loop_name(silent->loop), (now - gate->asked_ns) / NS_PER_MS);
+    gate_picture(gate, &picture);
+    if (!oldest)
+        return error_set(err, ETIMEDOUT, "%s: %u requests are still in flight", owner,
+                         picture.inside);
     return error_set(err, ETIMEDOUT,
-                     "%s: %u requests are still in flight, the oldest for %" PRIu64 " ms", owner,
-                     atomic_get_relaxed(&slot->shown_count), /* for the message only */
-                     oldest && oldest < now ? (now - oldest) / NS_PER_MS : 0);
+                     "%s: %u requests are still in flight; the oldest, a %s of %" PRIu64
+                     " bytes at %" PRIu64 ", is in node '%s' for %" PRIu64 " ms",
+                     owner, picture.inside, request_kind_name(oldest->kind), oldest->len,
+                     oldest->offset, oldest->node,
+                     oldest->arrived_ns < now ? (now - oldest->arrived_ns) / NS_PER_MS : 0);
 }
 
 static bool wait_cancel(struct co_wait *w)
@@ -335,25 +406,37 @@ static bool wait_cancel(struct co_wait *w)
     return true;
 }
 
-int gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns, struct error **err)
+/* Until all slots have drained: 0, -ETIMEDOUT or -ECANCELED. */
+static int co_fn control_fn wait_drained(struct gate *gate, uint64_t deadline_ns)
 {
-    uint64_t began_ns = loop_clock();
-    struct gate_slot *slot;
+    int r = 0;
 
-    assert(gate_is_closed(gate));
-    while ((slot = undrained_slot(gate))) {
+    while (undrained_slot(gate) && r == 0) {
         struct co_wait w;
-        int r;
 
         co_wait_init(&w, wait_cancel);
         gate->drain_wait = &w;
         r = co_wait(&w, deadline_ns);
         gate->drain_wait = NULL;
-        if (r == -ETIMEDOUT && (slot = undrained_slot(gate)))
-            return drain_failed(slot, owner, began_ns, err);
-        if (r < 0 && r != -ETIMEDOUT)
-            return error_set(err, -r, "%s: waiting for its requests was cancelled", owner);
     }
+    return undrained_slot(gate) ? r : 0;
+}
+
+int gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns, struct error **err)
+{
+    uint64_t ask_ns = deadline_ns - MIN(deadline_ns, SILENT_NS + SILENT_NS / 10);
+    int r;
+
+    assert(atomic_get(&gate->wanted) % GATE_WANTS != GATE_OPEN);
+    r = wait_drained(gate, deadline_ns == LOOP_FOREVER ? LOOP_FOREVER : ask_ns);
+    if (r == -ETIMEDOUT && !co_cancelled()) {
+        ask(gate); /* so that the error knows where it hangs */
+        r = wait_drained(gate, deadline_ns);
+    }
+    if (r == -ETIMEDOUT)
+        return drain_failed(gate, owner, err);
+    if (r < 0)
+        return error_set(err, -r, "%s: waiting for its requests was cancelled", owner);
     return 0;
 }
 

@@ -7,8 +7,10 @@
  * GATE-2 The control thread says what it wants of a slot (open or closed, with a generation that grows) and sends the slot's
  *        `request` message; the loop reads what is wanted and sends the message back at once, so that a silent loop is
  *        noticed. When a closed slot's count is zero, the loop sends its `drained` message with the generation.
+ *        With its answer it says which request is its oldest, and where that is.
  * GATE-3 While a slot is closed, requests queue, FIFO. Opening counts them in, in their order, before it wakes them.
  * GATE-4 A slot that is made while its gate is closed is born closed (G4).
+ * GATE-5 A gate that ends, since nobody sends any more, lets in what still queues; it drains without sending anybody back.
  */
 #ifndef CAIRN_GRAPH_GATE_H
 #define CAIRN_GRAPH_GATE_H
@@ -16,6 +18,7 @@
 #include "base/context.h"
 #include "base/error.h"
 #include "base/list.h"
+#include "graph/node.h"
 #include "graph/request.h"
 #include "loop/co.h"
 #include "loop/loop.h"
@@ -25,10 +28,15 @@ struct gate;
 /* How many nodes a pass remembers the first arrival at (G6). */
 #define PASS_REACHED 4
 
-/* An edge that a request has gone down; the frames of a pass are its path, on its coroutine's stack. */
+/*
+ * An edge that a request has gone down, on the stack of the coroutine that carries it there. The frames of a pass are its path;
+ * where a driver sends several requests at once for one, they branch, and end in any order.
+ */
 struct pass_frame {
     const struct edge *edge;
-    struct pass_frame *up;
+    struct pass_frame *up;    /* towards the backend */
+    struct pass_frame *older; /* all frames of the pass, the youngest in pass->top */
+    struct pass_frame *newer;
 };
 
 /*
@@ -41,7 +49,7 @@ struct pass {
     struct co *co;
     uint64_t number; /* order of arrival at this slot */
     uint64_t arrived_ns;
-    struct pass_frame *top; /* the deepest edge */
+    struct pass_frame *top; /* the youngest */
     enum request_kind kind;
     uint64_t offset;
     uint64_t len;
@@ -51,6 +59,15 @@ struct pass {
         const struct node *node;
         uint64_t ns;
     } reached[PASS_REACHED];
+};
+
+/* The oldest request of a loop, as the loop has seen it last. */
+struct gate_oldest {
+    enum request_kind kind;
+    uint64_t offset;
+    uint64_t len;
+    uint64_t arrived_ns;          /* 0: there is none */
+    char node[NODE_NAME_MAX + 1]; /* the deepest that it has come to */
 };
 
 /* What one loop knows of a gate. */
@@ -67,6 +84,7 @@ struct gate_slot {
     unsigned count;
     unsigned queued;
     bool closed;
+    bool reports;  /* closed or ending: says when it is drained */
     uint64_t seen; /* the last `wanted` */
     bool drained_home;
 
@@ -79,25 +97,29 @@ struct gate_slot {
     bool request_home;
     uint64_t drained_seen; /* the generation that was last drained */
 
-    uint64_t answered;           /* written by the loop before it sends `request` back */
+    /* Written by the loop before it sends `request` back; the control thread's while that is home. */
+    uint64_t answered;
+    struct gate_oldest oldest;
+
     uint64_t drained_generation; /* as answered, for `drained` */
     struct loop_message request;
     struct loop_message drained;
 };
 
 struct gate {
-    uint64_t wanted; /* atomic: generation * 2 + closed; written on the control thread */
+    uint64_t wanted; /* atomic: generation * 4 + enum gate_want; written on the control thread */
     struct gate_slot *slots[LOOP_MAX]; /* atomic; each is set once by its own loop */
     struct loop *control;
 
     /* Only touched on the control thread. */
     struct co_wait *drain_wait;
     struct co_wait *home_wait;
+    uint64_t asked_ns; /* when all slots were last sent a message */
 };
 
 /* On the control thread; the gate is open. */
 void gate_init(struct gate *gate);
-/* Frees the slots. The gate is closed and drained, and no loop uses it any more. Yields until all messages are home. */
+/* Frees the slots. The gate has ended and is drained, and no loop uses it any more. Yields until all messages are home. */
 void co_fn control_fn gate_co_release(struct gate *gate);
 
 /* The running loop's slot, made at the first call. -ENOMEM. Not for the data path: a user attaches before it sends requests. */
@@ -125,9 +147,11 @@ int co_fn gate_park(struct pass *pass, uint64_t deadline_ns);
 
 /* Closes for roots, at once as far as this thread is concerned. Not nested. */
 void control_fn gate_close(struct gate *gate);
+/* Ends an open gate (GATE-5): nobody sends any more. Not to be opened again. */
+void control_fn gate_end(struct gate *gate);
 /*
- * Waits until nobody is inside. -ETIMEDOUT with the age of the oldest request, or the loop that did not answer for 100 ms;
- * the gate stays closed.
+ * Waits until nobody is inside. -ETIMEDOUT with the oldest request, its age and where it is, or the loop that did not answer for
+ * 100 ms; the gate stays as it is.
  */
 int co_fn control_fn gate_co_drained(struct gate *gate, const char *owner, uint64_t deadline_ns,
                                      struct error **err);

@@ -21,7 +21,18 @@ struct graph {
     struct node *names[GRAPH_NAME_BUCKETS];
     unsigned next_auto_name;
     uint64_t change_deadline_ns;
+    uint64_t walks;    /* begun so far */
+    bool telling_late; /* a coroutine sees to nodes that are told_late */
 };
+
+/*
+ * A walk marks the nodes that it comes to, itself included, in node->walked[direction]. Several may have the same number; then
+ * the marks are those of all of them. Up goes to parents, and to nodes that own the backends there; down likewise.
+ */
+enum walk_direction { WALK_DOWN, WALK_UP };
+
+uint64_t graph_walk_begin(struct graph *g);
+void graph_walk(struct node *from, enum walk_direction direction, uint64_t walk);
 
 /* Drops a reference; the last one closes the node and lets go of its children. The node is reserved. */
 void co_fn control_fn node_co_unref(struct node *node);

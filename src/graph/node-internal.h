@@ -10,6 +10,7 @@
 #include "graph/graph.h"
 #include "graph/node.h"
 #include "graph/overlap.h"
+#include "graph/unended.h"
 #include "loop/loop.h"
 
 struct change;
@@ -46,6 +47,7 @@ struct node {
     struct node_settings settings;
     struct tracker *trackers;
     struct overlap overlap; /* what is being written, if align > 1 */
+    struct unended unended; /* what the host may still write (G9) */
 
     /* Only touched on the control thread. */
     struct graph *graph;
@@ -59,11 +61,18 @@ struct node {
     struct list link;   /* in graph->nodes, oldest first */
     struct node *name_next;
     unsigned refs;
+    struct list owned; /* struct backend: those that it has for its own use (G2) */
+    /* Of the last walk over the graph that came here, by direction (walk.c). */
+    uint64_t walked[2];
+    struct node *walk_next;
     bool monitor_owned;
     bool opened;
     bool needs_reopen;          /* D3: takes no more metadata writes */
     struct change *reserved_by; /* G5 */
     struct access access;       /* of all users together */
+    struct access told;         /* what a driver that guards it has been told last */
+    bool touched;               /* by the change that tries to reserve what it needs */
+    bool told_late;             /* it is to be told when the host has ended what it left (G9) */
 };
 
 static inline bool edge_is_cut(const struct edge *edge)

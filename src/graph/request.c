@@ -12,6 +12,7 @@
 #include "graph/node-internal.h"
 #include "graph/request-internal.h"
 #include "graph/tracker.h"
+#include "graph/unended.h"
 
 #include <errno.h>
 #include <string.h>
@@ -287,7 +288,7 @@ static void tell_trackers(const struct node *node, const struct request *req)
         t->changed(t, req->offset, req->len);
 }
 
-static int co_fn node_co_change(struct node *node, struct request *req)
+static int co_fn change_tracked(struct node *node, struct request *req)
 {
     int r;
 
@@ -296,6 +297,39 @@ static int co_fn node_co_change(struct node *node, struct request *req)
     tell_trackers(node, req); /* C2: before and after */
     r = change_untracked(node, req);
     tell_trackers(node, req);
+    return r;
+}
+
+/* Did its waiter leave a change to the host? */
+static bool was_left(const struct node *node, int r)
+{
+    return (r == -ECANCELED || r == -ETIMEDOUT) && node_unresolved(node);
+}
+
+/* G9: not into what an earlier one may still change, if the host has that in its hands. */
+static int co_fn node_co_change(struct node *node, struct request *req)
+{
+    int r = 0;
+
+    if (unlikely(unended_any(&node->unended)))
+        r = unended_co_wait(node, req);
+    if (r == 0)
+        r = change_tracked(node, req);
+    if (unlikely(r < 0) && was_left(node, r))
+        unended_add(&node->unended, align_down(req->offset, node->align),
+                    align_up(req->offset + req->len, node->align));
+    return r;
+}
+
+/* The filter's size is its child's. */
+static int co_fn node_co_resize(struct node *node, struct request *req)
+{
+    int r = node->driver->co_resize ? node->driver->co_resize(node, req) : pass_through(node, req);
+
+    if (r == 0 && !node->driver->co_resize)
+        node_set_size(node, node->file->node->size);
+    if (unlikely(r < 0) && was_left(node, r))
+        unended_add(&node->unended, req->offset, UINT64_MAX); /* it may still become shorter */
     return r;
 }
 
@@ -324,8 +358,7 @@ static int co_fn node_co_request(struct node *node, struct request *req)
             return -EPERM;
         if (req->offset > (uint64_t)NODE_SIZE_MAX)
             return -EFBIG;
-        return node->driver->co_resize ? node->driver->co_resize(node, req)
-                                       : pass_through(node, req);
+        return node_co_resize(node, req);
     case REQUEST_KINDS:
         break;
     }
@@ -343,16 +376,35 @@ static int co_fn leave_cut(const struct pass_frame *frame, int r)
     return r < 0 ? -EIO : r;
 }
 
+static void frame_enter(struct pass *pass, struct pass_frame *frame)
+{
+    frame->older = pass->top;
+    if (frame->older)
+        frame->older->newer = frame;
+    pass->top = frame;
+}
+
+static void frame_leave(struct pass *pass, struct pass_frame *frame)
+{
+    if (frame->older)
+        frame->older->newer = frame->newer;
+    if (unlikely(frame->newer))
+        frame->newer->older = frame->older; /* a younger branch goes on */
+    else
+        pass->top = frame->older;
+}
+
 int edge_co_request(struct edge *edge, struct request *req)
 {
-    struct pass *pass = req->pass;
-    struct pass_frame frame = {.edge = edge, .up = pass->top};
+    struct pass_frame frame = {.edge = edge, .up = req->frame};
     int r;
 
     if (unlikely(edge_is_cut(edge)))
         return -EIO;
-    pass->top = &frame;
+    frame_enter(req->pass, &frame);
+    req->frame = &frame;
     r = node_co_request(edge->node, req);
-    pass->top = frame.up;
+    req->frame = frame.up;
+    frame_leave(req->pass, &frame);
     return unlikely(edge_is_cut(edge)) ? leave_cut(&frame, r) : r;
 }

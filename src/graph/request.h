@@ -38,6 +38,7 @@ enum request_flags {
 struct edge;
 struct node;
 struct pass;
+struct pass_frame;
 
 struct request {
     enum request_kind kind;
@@ -49,6 +50,8 @@ struct request {
     struct iobuf *hold;      /* pool memory that all of iov lies in, or NULL (G8) */
     struct extents *extents; /* REQUEST_EXTENTS */
     struct pass *pass;       /* G1: that of the root request that this one is done for */
+    struct pass_frame
+        *frame; /* the core's: where the request is, or the one that this one is done for */
 };
 
 /*
@@ -67,6 +70,7 @@ static inline struct request request_for(const struct request *parent, enum requ
         .offset = offset,
         .len = len,
         .pass = parent->pass,
+        .frame = parent->frame,
     };
 
     return req;

@@ -22,25 +22,17 @@ struct replace {
     struct access_walk *walk;
 };
 
-static bool lies_below(const struct node *node, const struct node *top)
-{
-    const struct edge *e;
-
-    if (node == top)
-        return true;
-    list_for_each (&top->children, e, parent_link) {
-        if (lies_below(node, e->node))
-            return true;
-    }
-    return false;
-}
-
+/* The users that lie below the new node stay, or it would come to use itself; so do backends that it owns. */
 static void mark_users(struct replace *rp)
 {
+    uint64_t walk = graph_walk_begin(rp->to->graph);
     struct edge *e;
 
+    graph_walk(rp->to, WALK_DOWN, walk);
     list_for_each (&rp->from->parents, e, child_link) {
-        if (e->parent && lies_below(e->parent, rp->to))
+        const struct node *user = e->parent ? e->parent : e->backend->owner_node;
+
+        if (user && user->walked[WALK_DOWN] == walk)
             continue;
         e->moving_to = rp->to;
         list_append(&rp->to->arriving, &e->arriving_link);
@@ -105,6 +97,7 @@ static void co_fn control_fn replace_co_finish(struct change_action *a)
 {
     struct replace *rp = container_of(a, struct replace, action);
 
+    access_co_finish(rp->walk);
     free(rp->walk);
     node_co_unref(rp->from); /* what the change held */
 }
@@ -148,10 +141,24 @@ int graph_co_replace(struct graph *g, const char *from, const char *to, struct e
 /* Resizing: the request is the persist step; a short-lived backend holds the access that it takes. */
 struct resize {
     struct change_action action;
+    const char *name;
     struct backend *backend;
     uint64_t size;
     uint64_t old_size;
 };
+
+static int co_fn control_fn resize_co_prepare(struct change_action *a, struct error **err)
+{
+    struct access access = {.wants = ACCESS_RESIZE, .tolerates = ACCESS_ALL};
+    struct resize *rs = container_of(a, struct resize, action);
+    int r = graph_need(a->change->graph, rs->name, &a->node, err);
+
+    if (r < 0)
+        return r;
+    rs->old_size = a->node->size;
+    rs->backend = backend_new(a->node, "block_resize");
+    return access_change(rs->backend->root, access, err);
+}
 
 static int co_fn control_fn resize_to(struct resize *rs, uint64_t size)
 {
@@ -183,26 +190,43 @@ static int co_fn control_fn resize_co_undo(struct change_action *a, struct error
     return a->node->size == rs->old_size ? 0 : resize_to(rs, rs->old_size);
 }
 
+/* Filters above have the size of what they filter. */
+static void resize_filters(const struct node *node)
+{
+    const struct edge *e;
+
+    list_for_each (&node->parents, e, child_link) {
+        struct node *above = e->parent;
+
+        if (!above || above->driver->kind != DRIVER_FILTER || above->file != e ||
+            above->size == node->size)
+            continue;
+        node_set_size(above, node->size);
+        resize_filters(above);
+    }
+}
+
+static void resize_commit(struct change_action *a)
+{
+    resize_filters(a->node);
+}
+
 static const struct change_action_ops resize_ops = {
+    .co_prepare = resize_co_prepare,
     .co_persist = resize_co_persist,
     .co_undo = resize_co_undo,
+    .commit = resize_commit,
 };
 
 int graph_co_resize(struct graph *g, const char *name, uint64_t size, struct error **err)
 {
-    struct access access = {.wants = ACCESS_RESIZE, .tolerates = ACCESS_ALL};
-    struct resize rs = {.size = size};
+    struct resize rs = {.name = name, .size = size};
     struct change change;
     int r;
 
     if (size > (uint64_t)NODE_SIZE_MAX)
         return error_set(err, EFBIG, "size %" PRIu64 " is more than %lld bytes", size,
                          (long long)NODE_SIZE_MAX);
-    r = backend_co_new(&rs.backend, g, name, access, "block_resize", err);
-    if (r < 0)
-        return r;
-    rs.action.node = rs.backend->root->node;
-    rs.old_size = rs.action.node->size;
     change_init(&change, g, "block_resize of '%s'", name);
     r = change_add_root(&change, name, err);
     if (r == 0) {

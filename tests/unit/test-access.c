@@ -299,8 +299,7 @@ static void refused_by_driver(void *arg)
     must_tell(0, "r", ACCESS_READ | ACCESS_WRITE, ACCESS_ALL);
     must_tell(1, "n", ACCESS_READ | ACCESS_WRITE, ACCESS_ALL - ACCESS_RESIZE);
     must_tell(2, "r", ACCESS_READ, ACCESS_ALL); /* back to what it held */
-    must_tell(3, "r", ACCESS_READ, ACCESS_ALL); /* and once more when the refused user goes */
-    assert_int_equal(told_count, 4);
+    assert_int_equal(told_count, 3);            /* nothing new when the refused user goes */
     /* What was refused is not in the books: another user who refuses writers is welcome. */
     refuser = NULL;
     c = must_attach(g, "r", (struct access){.wants = ACCESS_READ, .tolerates = ACCESS_READ},
