@@ -341,48 +341,45 @@ static void test_qmp_server__drops_who_does_not_read_events(void **state)
     on_real(slow_reader_body);
 }
 
-/* SERVER-1: who does not read answers is not read from, and loses nothing. */
+/*
+ * SERVER-1: who does not read answers is not read from, and loses nothing. Padding and long answers fill what sockets hold,
+ * which is megabytes.
+ */
 static void pipelined_body(void *arg)
 {
-    enum { COUNT = 12000 };
+    enum { COUNT = 600, BYTES = 32 << 10, TOTAL = COUNT * BYTES };
 
-    char *all = xnew_n(char, COUNT * 64);
+    char *all = xnew_n(char, TOTAL + 1);
     struct client c;
     struct fixture f;
     size_t len = 0;
     size_t sent = 0;
+    int64_t n;
 
     (void)arg;
-    for (unsigned i = 0; i < COUNT; i++)
-        len += (size_t)sprintf(all + len, "{'execute': 'query-commands', 'id': %u}", i);
+    for (unsigned i = 0; i < COUNT; i++, len += BYTES) {
+        int text = sprintf(all + len, "{'execute': 'query-qmp-schema', 'id': %u}", i);
+
+        memset(all + len + text, ' ', (size_t)(BYTES - text));
+    }
     begin(&f);
     client_negotiate(&c, &f);
-    while (sent < len) { /* until nothing goes any more for a while */
+    do { /* until nothing goes any more for a while */
         struct iovec iov = {all + sent, len - sent};
-        int64_t n = socket_try_send(c.socket, &iov, 1);
 
+        n = socket_try_send(c.socket, &iov, 1);
         if (n == -EAGAIN) {
-            co_sleep_until(loop_clock() + 50 * NS_PER_MS);
+            co_sleep_until(loop_clock() + 100 * NS_PER_MS);
             n = socket_try_send(c.socket, &iov, 1);
         }
-        if (n == -EAGAIN)
-            break;
-        assert_true(n > 0);
-        sent += (size_t)n;
-    }
-    assert_true(sent < len);
-    for (unsigned i = 0; i < COUNT; i++) {
+        sent += n > 0 ? (size_t)n : 0;
+    } while (n > 0 && sent < len);
+    assert_int_equal(n, -EAGAIN);
+    for (unsigned i = 0; i < sent / BYTES; i++) {
         char id[32];
 
         (void)snprintf(id, sizeof(id), "\"id\": %u}", i);
         assert_hears(&c, id);
-        if (sent < len) {
-            struct iovec iov = {all + sent, len - sent};
-            int64_t n = socket_try_send(c.socket, &iov, 1);
-
-            assert_true(n > 0 || n == -EAGAIN);
-            sent += n > 0 ? (size_t)n : 0;
-        }
     }
     client_close(&c);
     end(&f);
