@@ -116,7 +116,7 @@ def test_a_peer_daemon_between_us_and_the_client(daemon, source, tmp_path):
     path = f"{daemon.dir}/peer"
     peer = subprocess.Popen([
         "qemu-storage-daemon",
-        "--blockdev", f"driver=nbd,node-name=n,server.type=unix,server.path={daemon.path},export=target",
+        "--blockdev", f"driver=nbd,node-name=n,discard=unmap,server.type=unix,server.path={daemon.path},export=target",
         "--nbd-server", f"addr.type=unix,addr.path={path}",
         "--export", "type=nbd,id=e,node-name=n,name=again,writable=on",
     ])
