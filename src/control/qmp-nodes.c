@@ -104,6 +104,7 @@ static void describe(const struct node *node, struct block_device_info *ret)
     ret->image.filename = xstrdup(ret->file);
     ret->image.format = xstrdup(ret->drv);
     ret->image.virtual_size = node_size(node);
+    ret->image.has_dirty_flag = true; /* and false: no driver keeps one */
     ret->image.has_actual_size = allocated(node, &ret->image.actual_size);
     ret->cache.writeback = true;
     ret->cache.direct = settings->direct;

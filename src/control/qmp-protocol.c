@@ -317,7 +317,8 @@ static int check_state(const struct qmp_session *s, const struct qmp_request *re
         return error_set_class(err, ERROR_COMMAND_NOT_FOUND, EPERM,
                                "expecting capabilities negotiation with '" NEGOTIATION_COMMAND
                                "' first");
-    if (s->negotiated && negotiates)
+    if (s->negotiated && negotiates &&
+        !request->command_error) /* which is told first, as the peer does */
         return error_set_class(err, ERROR_COMMAND_NOT_FOUND, EPERM,
                                "capabilities negotiation is already complete");
     return 0;
