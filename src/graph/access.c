@@ -80,6 +80,10 @@ struct access access_below(const struct node *parent)
     /* A format reads its own metadata there; nobody may change the size under it. */
     if (parent->driver->kind == DRIVER_FORMAT)
         sum.tolerates &= ~(unsigned)ACCESS_RESIZE;
+    if (parent->driver->reads_to_write && (sum.wants & ACCESS_WRITE))
+        sum.wants |= ACCESS_READ;
+    if (parent->driver->guards_writes && sum.wants)
+        sum.tolerates &= ~(unsigned)(ACCESS_WRITE | ACCESS_RESIZE);
     return sum;
 }
 

@@ -180,6 +180,19 @@ static int co_fn run_step(struct backend *b, struct request *req)
     return r;
 }
 
+int backend_co_enter(struct backend *b, struct pass *pass)
+{
+    pass->kind = REQUEST_READ;
+    pass->offset = 0;
+    pass->len = 0;
+    return gate_enter(gate_slot_here(&b->gate), pass);
+}
+
+void backend_leave(struct backend *b, struct pass *pass)
+{
+    gate_leave(gate_slot_here(&b->gate), pass);
+}
+
 int backend_co_request(struct backend *b, struct request *req)
 {
     uint64_t end = req->offset + req->len;

@@ -46,6 +46,13 @@ int backend_attach(struct backend *b);
  */
 int co_fn backend_co_request(struct backend *b, struct request *req);
 
+/*
+ * For several requests under one pass: enters past the gate, and leaves. In between, requests carry the pass and wait at no gate.
+ * Whoever takes a lock that other requests wait for enters first, or a drain could wait for both. -ECANCELED.
+ */
+int co_fn backend_co_enter(struct backend *b, struct pass *pass);
+void backend_leave(struct backend *b, struct pass *pass);
+
 /* Counts a request that its client's checks refused. */
 void backend_count_invalid(struct backend *b, enum request_kind kind);
 

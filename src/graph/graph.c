@@ -11,6 +11,7 @@
 #include "base/macros.h"
 #include "graph/change.h"
 #include "graph/graph-internal.h"
+#include "graph/reshape.h"
 #include "schema-types.h"
 
 #include <assert.h>
@@ -121,18 +122,14 @@ static void auto_name(struct graph *g, char *name)
     } while (graph_find(g, name));
 }
 
-static int node_new(struct graph *g, const struct node_options *o,
-                    const struct node_settings *parent, struct change *change, struct node **ret,
+static int node_new(struct graph *g, const struct driver *driver, const char *name,
+                    struct node_settings settings, struct change *change, struct node **ret,
                     struct error **err)
 {
-    const char *driver_name = node_driver_name(o->driver);
-    const struct driver *driver = find_driver(g, driver_name);
     struct node *node;
 
-    if (!driver)
-        return error_set(err, ENOTSUP, "driver '%s' is not part of this program", driver_name);
-    if (o->node_name && graph_find(g, o->node_name))
-        return error_set(err, EEXIST, "there is a node '%s' already", o->node_name);
+    if (name && graph_find(g, name))
+        return error_set(err, EEXIST, "there is a node '%s' already", name);
     node = try_new(struct node);
     if (node)
         node->state = try_alloc(1, driver->state_size);
@@ -140,13 +137,13 @@ static int node_new(struct graph *g, const struct node_options *o,
         free(node);
         return error_set(err, ENOMEM, "no memory for a node");
     }
-    if (o->node_name)
-        (void)snprintf(node->name, sizeof(node->name), "%s", o->node_name);
+    if (name)
+        (void)snprintf(node->name, sizeof(node->name), "%s", name);
     else
         auto_name(g, node->name);
     node->graph = g;
     node->driver = driver;
-    node->settings = settle(o, parent);
+    node->settings = settings;
     node->align = 1;
     node->memory_align = 1;
     node->access = ACCESS_NONE;
@@ -232,9 +229,14 @@ static int co_fn control_fn node_co_open(struct graph *g, const struct node_opti
 {
     const struct schema_variant *variant = &node_options_type.variants[o->driver];
     const void *options = (const char *)o + variant->offset;
+    const char *driver_name = node_driver_name(o->driver);
+    const struct driver *driver = find_driver(g, driver_name);
     struct node *node = NULL;
-    int r = node_new(g, o, parent, change, &node, err);
+    int r;
 
+    if (!driver)
+        return error_set(err, ENOTSUP, "driver '%s' is not part of this program", driver_name);
+    r = node_new(g, driver, o->node_name, settle(o, parent), change, &node, err);
     if (!node)
         return r;
     if (node->settings.force_share && !node->settings.read_only)
@@ -253,6 +255,32 @@ static int co_fn control_fn node_co_open(struct graph *g, const struct node_opti
     }
     *ret = node;
     return 0;
+}
+
+int graph_co_add_filter(struct change *c, const struct driver *driver, const void *options,
+                        const char *name, struct node *child, struct node **ret, struct error **err)
+{
+    struct node_settings settings = {.unmap = true, .read_only = child->settings.read_only};
+    struct node *node = NULL;
+    int r = node_new(c->graph, driver, name, settings, c, &node, err);
+
+    if (!node)
+        return r;
+    child->refs++;
+    (void)edge_new(node, NULL, child, "file");
+    r = driver->co_open(node, options, err);
+    if (r < 0) {
+        node_co_unref(node);
+        return r;
+    }
+    node->opened = true;
+    *ret = node;
+    return 0;
+}
+
+void graph_co_drop(struct node *node)
+{
+    node_co_unref(node);
 }
 
 /* The existing nodes that a definition refers to, at any depth. */

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Changes of the graph under load that come with the graph: replacing a node, and resizing one. */
+#include "graph/reshape.h"
 #include "base/alloc.h"
 #include "base/macros.h"
 #include "graph/access-internal.h"
@@ -13,17 +14,9 @@
 #include <string.h>
 
 /* Replacing: the edges that move are marked in prepare, access is settled for what will be, and commit moves them. */
-struct replace {
-    struct change_action action;
-    const char *from_name;
-    const char *to_name;
-    struct node *from;
-    struct node *to;
-    struct access_walk *walk;
-};
 
 /* The users that lie below the new node stay, or it would come to use itself; so do backends that it owns. */
-static void mark_users(struct replace *rp)
+static void mark_users(struct replace_action *rp)
 {
     uint64_t walk = graph_walk_begin(rp->to->graph);
     struct edge *e;
@@ -39,7 +32,7 @@ static void mark_users(struct replace *rp)
     }
 }
 
-static void unmark_users(struct replace *rp)
+static void unmark_users(struct replace_action *rp)
 {
     struct edge *e;
 
@@ -51,33 +44,30 @@ static void unmark_users(struct replace *rp)
 
 static int co_fn control_fn replace_co_prepare(struct change_action *a, struct error **err)
 {
-    struct replace *rp = container_of(a, struct replace, action);
-    int r = graph_need(a->change->graph, rp->from_name, &rp->from, err);
+    struct replace_action *rp = container_of(a, struct replace_action, action);
+    int r;
 
-    if (r == 0)
-        r = graph_need(a->change->graph, rp->to_name, &rp->to, err);
-    if (r < 0)
-        return r;
     if (rp->from == rp->to)
-        return error_set(err, EINVAL, "node '%s' cannot replace itself", rp->to_name);
+        return error_set(err, EINVAL, "node '%s' cannot replace itself", rp->to->name);
     if (rp->from->size != rp->to->size)
         return error_set(err, EINVAL,
                          "node '%s' has %" PRIu64 " bytes, node '%s' has %" PRIu64
                          ": sizes must be equal",
-                         rp->to_name, rp->to->size, rp->from_name, rp->from->size);
+                         rp->to->name, rp->to->size, rp->from->name, rp->from->size);
     rp->walk = try_new(struct access_walk);
     if (!rp->walk)
         return error_set(err, ENOMEM, "no memory");
     mark_users(rp);
-    r = access_walk_node(rp->walk, rp->to, err);
+    /* A filter that loses its users first stops guarding what is below it. */
+    r = access_walk_node(rp->walk, rp->from, err);
     if (r == 0)
-        r = access_walk_node(rp->walk, rp->from, err);
+        r = access_walk_node(rp->walk, rp->to, err);
     return r == 0 ? access_co_prepare(rp->walk, err) : r;
 }
 
 static void replace_commit(struct change_action *a)
 {
-    struct replace *rp = container_of(a, struct replace, action);
+    struct replace_action *rp = container_of(a, struct replace_action, action);
     struct edge *e;
 
     rp->from->refs++; /* the change's own, until the gates are open again */
@@ -95,7 +85,7 @@ static void replace_commit(struct change_action *a)
 
 static void co_fn control_fn replace_co_finish(struct change_action *a)
 {
-    struct replace *rp = container_of(a, struct replace, action);
+    struct replace_action *rp = container_of(a, struct replace_action, action);
 
     access_co_finish(rp->walk);
     free(rp->walk);
@@ -104,7 +94,7 @@ static void co_fn control_fn replace_co_finish(struct change_action *a)
 
 static void co_fn control_fn replace_co_abort(struct change_action *a)
 {
-    struct replace *rp = container_of(a, struct replace, action);
+    struct replace_action *rp = container_of(a, struct replace_action, action);
 
     if (!rp->walk)
         return;
@@ -120,9 +110,34 @@ static const struct change_action_ops replace_ops = {
     .co_finish = replace_co_finish,
 };
 
+void replace_action_add(struct change *c, struct replace_action *rp, struct node *from,
+                        struct node *to)
+{
+    *rp = (struct replace_action){.from = from, .to = to};
+    change_add_action(c, &rp->action, &replace_ops);
+}
+
+/* By name: the nodes are looked up when they are reserved. */
+struct replace_by_name {
+    struct change_action action;
+    const char *from;
+    const char *to;
+    struct replace_action replace;
+};
+
+static int co_fn control_fn find_co_prepare(struct change_action *a, struct error **err)
+{
+    struct replace_by_name *n = container_of(a, struct replace_by_name, action);
+    int r = graph_need(a->change->graph, n->from, &n->replace.from, err);
+
+    return r < 0 ? r : graph_need(a->change->graph, n->to, &n->replace.to, err);
+}
+
+static const struct change_action_ops find_ops = {.co_prepare = find_co_prepare};
+
 int graph_co_replace(struct graph *g, const char *from, const char *to, struct error **err)
 {
-    struct replace rp = {.from_name = from, .to_name = to};
+    struct replace_by_name n = {.from = from, .to = to};
     struct change change;
     int r;
 
@@ -131,7 +146,8 @@ int graph_co_replace(struct graph *g, const char *from, const char *to, struct e
     if (r == 0)
         r = change_add_root(&change, to, err);
     if (r == 0) {
-        change_add_action(&change, &rp.action, &replace_ops);
+        change_add_action(&change, &n.action, &find_ops);
+        replace_action_add(&change, &n.replace, NULL, NULL);
         r = change_co_run(&change, err);
     }
     change_end(&change);
