@@ -36,9 +36,9 @@ uint64_t bitmap_granularity(const struct bitmap *b);
 void bitmap_set(struct bitmap *b, uint64_t offset, uint64_t len);
 
 /*
- * Any thread (C1). Takes the first dirty run at or after `from` away from the bitmap: atomically, so that nobody else gets any of
- * it, and what is set meanwhile stays or is set again. The run has at most max_bytes, rounded up to one granule at least, starts at
- * `from` or at a granule, and may be shorter than what is dirty. bitmap_set() puts it back.
+ * Any thread (C1). Takes the first dirty run at or after the granule of `from` away from the bitmap: atomically, so that nobody else
+ * gets any of it, and what is set meanwhile stays, or is set again. The run has whole granules, but at the end of the disk, at
+ * most max_bytes of them (one at least), and may be shorter than what is dirty. bitmap_set() puts it back.
  * 1: taken. 0: nothing is dirty there. -ENOMEM: there is no memory to take a part of what is full.
  */
 int bitmap_claim(struct bitmap *b, uint64_t from, uint64_t max_bytes, uint64_t *ret_offset,
@@ -55,8 +55,8 @@ bool bitmap_next_dirty(const struct bitmap *b, uint64_t from, uint64_t end, uint
 uint64_t bitmap_count(const struct bitmap *b);
 
 /*
- * Any thread. Makes dirty in `dst` what is dirty in `src`, rounded outward to dst's granules. Sizes and granularities may differ; they may be
- * the same one. -ENOMEM: all of that is done, but there was no memory to be exact (BITMAP-2).
+ * Drained, both. Makes dirty in `dst` what is dirty in `src`, rounded outward to dst's granules. Sizes and granularities may
+ * differ; they may be the same one. -ENOMEM: all of that is done, but there was no memory to be exact (BITMAP-2).
  */
 int bitmap_merge(struct bitmap *dst, const struct bitmap *src);
 
