@@ -141,7 +141,7 @@ static int co_fn control_fn do_chardev(struct daemon *d, const struct chardev_op
         .host = o->host,
         .port = o->port,
     };
-    struct qmp_server *server;
+    struct qmp_server *server = NULL;
     struct channel *ch;
     int r = check_chardev(d, o, err);
 
@@ -318,16 +318,16 @@ static void co_fn watch_stop(void *arg)
 static void co_fn control_fn stop(struct daemon *d)
 {
     struct channel *ch;
+    struct channel *next;
 
     co_scope_init(&d->stopping);
     (void)co_scope_start(&d->stopping, watch_stop, d); /* without it, it is only less told */
     d->control = control_co_free(d->control);
     co_scope_cancel(&d->stopping);
     co_scope_join(&d->stopping);
-    while ((ch = list_first(&d->channels, struct channel, link))) {
-        list_remove(&ch->link);
+    list_for_each_safe (&d->channels, ch, next, link)
         free(ch);
-    }
+    list_init(&d->channels);
 }
 
 static void co_fn control_fn daemon_main(void *arg)

@@ -182,7 +182,7 @@ void process_block_signals(void)
     sigset_t set = ending_signals();
 
     pthread_sigmask(SIG_BLOCK, &set, NULL);
-    signal(SIGPIPE, SIG_IGN); /* who sends sees EPIPE */
+    (void)signal(SIGPIPE, SIG_IGN); /* who sends sees EPIPE */
 }
 
 static struct {
@@ -220,6 +220,6 @@ int process_watch_signals(process_signal_fn *fn, void *arg, struct error **err)
 void process_unwatch_signals(void)
 {
     atomic_set(&watch.ending, true);
-    pthread_kill(watch.thread, SIGTERM); /* it waits for this */
+    (void)pthread_kill(watch.thread, SIGHUP); /* it waits for this */
     pthread_join(watch.thread, NULL);
 }
