@@ -16,6 +16,7 @@ struct graph_walk {
     size_t nodes;
     size_t edges;
     size_t backends;
+    size_t orphans;
     uint64_t now_ns;
     /* While one node is shown. */
     const struct node *node;
@@ -139,6 +140,27 @@ static void count_backend(const struct backend *b, void *arg)
     walk->backends++;
 }
 
+static void count_orphan(const struct node *node, uint64_t age_ns, unsigned unresolved, void *arg)
+{
+    struct graph_walk *walk = arg;
+
+    (void)node;
+    (void)age_ns;
+    (void)unresolved;
+    walk->orphans++;
+}
+
+static void show_orphan(const struct node *node, uint64_t age_ns, unsigned unresolved, void *arg)
+{
+    struct graph_walk *walk = arg;
+
+    walk->info->orphans.items[walk->info->orphans.count++] = (struct graph_orphan){
+        .node_name = xstrdup(node_name(node)),
+        .age_ns = age_ns,
+        .buffers = unresolved,
+    };
+}
+
 int qmp_query_graph(struct qmp_session *session, struct graph_info *ret, struct error **err)
 {
     struct graph_walk walk = {
@@ -149,12 +171,15 @@ int qmp_query_graph(struct qmp_session *session, struct graph_info *ret, struct 
 
     graph_for_each_node(walk.graph, count_node, &walk);
     graph_for_each_backend(walk.graph, count_backend, &walk);
+    graph_for_each_orphan(walk.graph, count_orphan, &walk);
     ret->nodes.items = try_new_n(struct graph_node, MAX(walk.nodes, (size_t)1));
     ret->edges.items = try_new_n(struct graph_edge, MAX(walk.edges, (size_t)1));
     ret->backends.items = try_new_n(struct graph_backend, MAX(walk.backends, (size_t)1));
-    if (!ret->nodes.items || !ret->edges.items || !ret->backends.items)
+    ret->orphans.items = try_new_n(struct graph_orphan, MAX(walk.orphans, (size_t)1));
+    if (!ret->nodes.items || !ret->edges.items || !ret->backends.items || !ret->orphans.items)
         return error_set(err, ENOMEM, "no memory for a graph of %zu nodes", walk.nodes);
     graph_for_each_node(walk.graph, show_node, &walk);
     graph_for_each_backend(walk.graph, show_backend, &walk);
-    return 0; /* orphans: there are none, as nothing is cut off yet */
+    graph_for_each_orphan(walk.graph, show_orphan, &walk);
+    return 0;
 }

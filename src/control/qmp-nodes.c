@@ -3,13 +3,10 @@
 #include "base/alloc.h"
 #include "base/macros.h"
 #include "control/control.h"
-#include "graph/backend.h"
 #include "graph/driver.h"
 #include "schema-dispatch.h"
 
 #include <errno.h>
-#include <inttypes.h>
-#include <string.h>
 
 int qmp_blockdev_add(struct qmp_session *session, const struct node_options *args,
                      struct error **err)
@@ -23,30 +20,6 @@ int qmp_blockdev_del(struct qmp_session *session, const struct blockdev_del_args
     return graph_co_del(control_of(session)->graph, args->node_name, err);
 }
 
-/* A user of the node for as long as it takes: who does not tolerate that the size changes is named by the refusal. */
-static int co_fn control_fn resize(struct graph *graph, const char *name, uint64_t size,
-                                   struct error **err)
-{
-    struct access access = {.wants = ACCESS_RESIZE, .tolerates = ACCESS_ALL};
-    struct request req = {.kind = REQUEST_RESIZE, .offset = size};
-    struct backend *b;
-    int r = backend_co_new(&b, graph, name, access, "block_resize", err);
-
-    if (r < 0)
-        return r;
-    r = backend_attach(b);
-    if (r == 0)
-        r = backend_co_request(b, &req);
-    if (r == -EOPNOTSUPP)
-        error_set(err, -r, "node '%s' cannot be resized: its driver '%s' does not support it", name,
-                  node_driver(backend_node(b))->name);
-    else if (r < 0)
-        error_set(err, -r, "cannot resize node '%s' to %" PRIu64 " bytes: %s", name, size,
-                  strerror(-r));
-    backend_co_free(b);
-    return r;
-}
-
 int qmp_block_resize(struct qmp_session *session, const struct block_resize_args *args,
                      struct error **err)
 {
@@ -54,10 +27,7 @@ int qmp_block_resize(struct qmp_session *session, const struct block_resize_args
 
     if (!args->node_name == !args->device)
         return error_set(err, EINVAL, "give one of 'device' and 'node-name': both name a node");
-    if (args->size > NODE_SIZE_MAX)
-        return error_set(err, EFBIG, "size %" PRIu64 " is more than %" PRId64 " bytes", args->size,
-                         (int64_t)NODE_SIZE_MAX);
-    return resize(control_of(session)->graph, name, args->size, err);
+    return graph_co_resize(control_of(session)->graph, name, args->size, err);
 }
 
 /* The node that answers for this one when its own driver cannot: its file, and so on. NULL at the bottom. */

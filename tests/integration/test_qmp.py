@@ -108,7 +108,8 @@ def test_describes_itself(daemon):
 
 def test_indents_when_asked(start, tmp_path):
     path = tmp_path / "pretty.sock"
-    start("--chardev", f"socket,id=p,path={path},server=on,wait=off", "--monitor", "chardev=p,pretty=on")
+    daemon = start("--chardev", f"socket,id=p,path={path},server=on,wait=off", "--monitor", "chardev=p,pretty=on")
+    daemon.qmp()  # it answers when all is set up
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(30)
         s.connect(str(path))
