@@ -100,13 +100,19 @@ class Daemon:
         self.program = program
         self.clients = []
         monitor = ["--chardev", f"socket,id=c,path={self.path},server=on,wait=off", "--monitor", "chardev=c"]
+        # A peer that is connected to before it is ready may greet twice.
+        ready = os.path.join(self.directory, "ready")
+        if "--pidfile" in options:
+            ready = options[options.index("--pidfile") + 1]
+        else:
+            monitor += ["--pidfile", ready]
         self.stderr_path = os.path.join(self.directory, "stderr")
         with open(self.stderr_path, "wb") as stderr:
             self.process = subprocess.Popen(
                 [program, *(monitor if qmp else []), *options], stderr=stderr, cwd=self.directory
             )
         if qmp:
-            wait_until(lambda: os.path.exists(self.path) or self.process.poll() is not None, "the control socket")
+            wait_until(lambda: os.path.exists(ready) or self.process.poll() is not None, "the daemon to be ready")
             assert self.process.poll() is None, self.stderr()
 
     def stderr(self):
