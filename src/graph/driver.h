@@ -29,8 +29,9 @@ struct driver {
     const struct schema_type *options; /* generated; what open() gets */
     bool fua;            /* writes honour REQUEST_FUA; otherwise the core flushes after them */
     bool reads_to_write; /* a filter that reads its child before it changes it */
-    bool guards_writes;  /* a filter past which, while it has users, nobody else may change or resize its child */
-    bool zeroes_fast;    /* write-zeroes never falls back to writing data, unless a child's does */
+    bool
+        guards_writes; /* a filter past which, while it has users, nobody else may change or resize its child */
+    bool zeroes_fast; /* write-zeroes never falls back to writing data, unless a child's does */
 
     /*
      * All operations may yield: those that do requests run on any loop, co_open, co_close and co_set_access on the control
