@@ -8,6 +8,7 @@
 #include "base/macros.h"
 #include "graph/change.h"
 #include "graph/graph-internal.h"
+#include "graph/tracker.h"
 
 #include <assert.h>
 #include <inttypes.h>
@@ -34,6 +35,17 @@ static void co_fn control_fn drop_children(struct node *node)
     }
 }
 
+static void close_trackers(struct node *node)
+{
+    struct tracker *t;
+
+    while ((t = node->trackers)) {
+        node->trackers = t->next;
+        if (t->closed)
+            t->closed(t);
+    }
+}
+
 static void forget(struct node *node)
 {
     if (!node->orphan_ns)
@@ -52,6 +64,7 @@ static void co_fn control_fn close_main(void *arg)
             return;
         }
     }
+    close_trackers(node);
     if (node->opened)
         node->driver->co_close(node);
     node->opened = false; /* queries come while the children close */

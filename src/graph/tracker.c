@@ -21,3 +21,8 @@ void node_detach_tracker(struct node *node, struct tracker *t)
     *at = t->next;
     t->next = NULL;
 }
+
+struct tracker *node_trackers(const struct node *node)
+{
+    return node->trackers;
+}

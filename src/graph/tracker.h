@@ -21,6 +21,8 @@ struct tracker {
     void (*changed)(struct tracker *t, uint64_t offset, uint64_t len);
     /* On the control thread behind closed gates: the node has another size now. Cannot fail. */
     void (*resized)(struct tracker *t, uint64_t size);
+    /* On the control thread: the node is being closed, and the tracker is detached; may be NULL. */
+    void (*closed)(struct tracker *t);
 
     struct tracker *next; /* of the same node; for the graph */
 };
@@ -28,5 +30,8 @@ struct tracker {
 /* Memory only: for commits (D1). */
 void control_fn node_attach_tracker(struct node *node, struct tracker *t);
 void control_fn node_detach_tracker(struct node *node, struct tracker *t);
+
+/* On the control thread: the first one; the others by their `next`. */
+struct tracker *node_trackers(const struct node *node);
 
 #endif
