@@ -1,0 +1,799 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Dirty bitmaps of nodes. A node that has any has one tracker for all of them (struct node_bitmaps), with a list of those
+ * that record.
+ */
+#include "bitmaps/dirty-bitmap.h"
+#include "base/alloc.h"
+#include "base/checked.h"
+#include "base/list.h"
+#include "base/macros.h"
+#include "graph/driver.h"
+#include "graph/tracker.h"
+#include "loop/loop.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The granularity of a node whose driver has no clusters. */
+#define DEFAULT_GRANULARITY (64 * KIB)
+
+struct dirty_bitmap {
+    struct list link; /* in group->bitmaps */
+    char *name;
+    struct bitmap *bits;
+    struct bitmap *successor; /* while a job has it frozen */
+    char *owner;              /* DIRTY-3; NULL: none */
+    bool enabled;
+    uint64_t high_water; /* DIRTY-4: the largest size since it was clear */
+    uint8_t generation[DIRTY_BITMAP_GENERATION_BYTES];
+
+    /* Read by requests. */
+    struct bitmap *live; /* where changes are set */
+    struct dirty_bitmap *next_recording;
+};
+
+struct node_bitmaps {
+    struct tracker tracker;
+    struct list bitmaps; /* struct dirty_bitmap, oldest first */
+    struct dirty_bitmap *recording;
+};
+
+/* ---- the bitmaps of a node ---- */
+
+static struct dirty_bitmap *dirty_bitmap_free(struct dirty_bitmap *d)
+{
+    if (!d)
+        return NULL;
+    bitmap_free(d->bits);
+    bitmap_free(d->successor);
+    free(d->owner);
+    free(d->name);
+    free(d);
+    return NULL;
+}
+
+static void group_changed(struct tracker *t, uint64_t offset, uint64_t len)
+{
+    const struct node_bitmaps *group = container_of(t, struct node_bitmaps, tracker);
+
+    for (const struct dirty_bitmap *d = group->recording; d; d = d->next_recording)
+        bitmap_set(d->live, offset, len);
+}
+
+static void resize_content(struct dirty_bitmap *d, struct bitmap *bits, uint64_t size)
+{
+    uint64_t old = bitmap_size(bits);
+
+    bitmap_resize(bits, size);
+    if (size > old && old < d->high_water) /* DIRTY-4 */
+        bitmap_set(bits, old, MIN(size, d->high_water) - old);
+}
+
+static void group_resized(struct tracker *t, uint64_t size)
+{
+    const struct node_bitmaps *group = container_of(t, struct node_bitmaps, tracker);
+    struct dirty_bitmap *d;
+
+    list_for_each (&group->bitmaps, d, link) {
+        resize_content(d, d->bits, size);
+        if (d->successor)
+            resize_content(d, d->successor, size);
+        d->high_water = MAX(d->high_water, size);
+    }
+}
+
+static void group_closed(struct tracker *t)
+{
+    struct node_bitmaps *group = container_of(t, struct node_bitmaps, tracker);
+    struct dirty_bitmap *d;
+
+    while ((d = list_first(&group->bitmaps, struct dirty_bitmap, link))) {
+        list_remove(&d->link);
+        if (!d->owner) /* else it is freed by dirty_bitmap_release() */
+            dirty_bitmap_free(d);
+    }
+    free(group);
+}
+
+static struct node_bitmaps *group_new(void)
+{
+    struct node_bitmaps *group = try_new(struct node_bitmaps);
+
+    if (!group)
+        return NULL;
+    group->tracker = (struct tracker){
+        .changed = group_changed,
+        .resized = group_resized,
+        .closed = group_closed,
+    };
+    list_init(&group->bitmaps);
+    return group;
+}
+
+/* NULL: the node has no bitmaps. */
+static struct node_bitmaps *group_of(const struct node *node)
+{
+    for (struct tracker *t = node_trackers(node); t; t = t->next) {
+        if (t->changed == group_changed)
+            return container_of(t, struct node_bitmaps, tracker);
+    }
+    return NULL;
+}
+
+static struct dirty_bitmap *find(const struct node *node, const char *name)
+{
+    const struct node_bitmaps *group = group_of(node);
+    struct dirty_bitmap *d;
+
+    if (!group)
+        return NULL;
+    list_for_each (&group->bitmaps, d, link) {
+        if (strcmp(d->name, name) == 0)
+            return d;
+    }
+    return NULL;
+}
+
+/* Behind closed gates: who records where, anew. */
+static void group_update(struct node_bitmaps *group)
+{
+    struct dirty_bitmap *d;
+
+    group->recording = NULL;
+    list_for_each (&group->bitmaps, d, link) {
+        d->live = d->successor ? d->successor : d->bits;
+        if (!d->enabled)
+            continue;
+        d->next_recording = group->recording;
+        group->recording = d;
+    }
+}
+
+static void new_generation(struct dirty_bitmap *d)
+{
+    loop_random(d->generation, sizeof(d->generation));
+}
+
+/* ---- what the actions of one change say together (DIRTY-1) ---- */
+
+static const struct change_action_ops add_ops;
+static const struct change_action_ops remove_ops;
+static const struct change_action_ops freeze_ops;
+
+/* The action before `until` (NULL: any) that does this to the bitmap, or to the one of this name. */
+static const struct dirty_bitmap_action *pending(const struct change *c,
+                                                 const struct change_action_ops *ops,
+                                                 const struct dirty_bitmap *d,
+                                                 const struct dirty_bitmap_ref *ref)
+{
+    struct change_action *action;
+
+    if (!c)
+        return NULL;
+    list_for_each (&c->actions, action, link) {
+        const struct dirty_bitmap_action *a;
+
+        if (action->ops != ops || action->stage == CHANGE_NEW)
+            continue;
+        a = container_of(action, struct dirty_bitmap_action, action);
+        if (!a->bitmap)
+            continue; /* it has not got that far */
+        if (ref ? strcmp(a->ref.node, ref->node) == 0 && strcmp(a->ref.name, ref->name) == 0
+                : a->bitmap == d)
+            return a;
+    }
+    return NULL;
+}
+
+static int find_ref(const struct change *c, struct graph *graph, const struct dirty_bitmap_ref *ref,
+                    struct dirty_bitmap **ret, struct error **err)
+{
+    const struct dirty_bitmap_action *added;
+    struct node *node;
+    int r = graph_need(graph, ref->node, &node, err);
+
+    if (r < 0)
+        return r;
+    added = pending(c, &add_ops, NULL, ref);
+    *ret = added ? added->bitmap : find(node, ref->name);
+    if (!*ret)
+        return error_set(err, ENOENT, "node '%s' has no dirty bitmap '%s'", ref->node, ref->name);
+    return 0;
+}
+
+int dirty_bitmap_need(const struct change *c, struct graph *graph, struct dirty_bitmap_ref ref,
+                      struct dirty_bitmap **ret, struct error **err)
+{
+    const struct dirty_bitmap_action *frozen;
+    struct dirty_bitmap *d;
+    const char *owner;
+    int r = find_ref(c, graph, &ref, &d, err);
+
+    if (r < 0)
+        return r;
+    frozen = pending(c, &freeze_ops, d, NULL);
+    owner = frozen ? frozen->owner : d->owner;
+    if (owner)
+        return error_set(err, EBUSY, "dirty bitmap '%s' of node '%s' is in use by %s", ref.name,
+                         ref.node, owner);
+    if (pending(c, &remove_ops, d, NULL))
+        return error_set(err, EBUSY, "dirty bitmap '%s' of node '%s' is being removed", ref.name,
+                         ref.node);
+    *ret = d;
+    return 0;
+}
+
+static struct dirty_bitmap_action *action_of(struct change_action *action)
+{
+    return container_of(action, struct dirty_bitmap_action, action);
+}
+
+static struct graph *graph_of(const struct dirty_bitmap_action *a)
+{
+    return a->action.change->graph;
+}
+
+/* The action's bitmap, which nobody else may use. */
+static int prepare_bitmap(struct dirty_bitmap_action *a, struct error **err)
+{
+    struct dirty_bitmap *d;
+    int r = dirty_bitmap_need(a->action.change, graph_of(a), a->ref, &d, err);
+
+    if (r == 0)
+        a->bitmap = d;
+    return r;
+}
+
+static int control_fn prepare_only(struct change_action *action, struct error **err)
+{
+    return prepare_bitmap(action_of(action), err);
+}
+
+static int no_memory(struct dirty_bitmap_action *a, struct error **err)
+{
+    return error_set(err, ENOMEM, "no memory for dirty bitmap '%s' of node '%s'", a->ref.name,
+                     a->ref.node);
+}
+
+/* The node is reserved. */
+static struct node *node_in_commit(const struct dirty_bitmap_action *a)
+{
+    struct node *node = graph_find(graph_of(a), a->ref.node);
+
+    assert(node);
+    return node;
+}
+
+static struct node_bitmaps *group_in_commit(const struct dirty_bitmap_action *a)
+{
+    struct node_bitmaps *group = group_of(node_in_commit(a));
+
+    assert(group);
+    return group;
+}
+
+/* Content and spare change places. */
+static void swap_content(struct dirty_bitmap_action *a)
+{
+    struct dirty_bitmap *d = a->bitmap;
+    struct bitmap *last = d->bits;
+    struct node_bitmaps *group = group_of(node_in_commit(a));
+
+    d->bits = a->spare;
+    a->spare = last;
+    if (group)
+        group_update(group); /* where requests set bits; what this change adds is not there yet */
+}
+
+static void action_release(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+
+    a->spare = bitmap_free(a->spare);
+    free(take(&a->group));
+    free(take(&a->from));
+    free(take(&a->owner_copy));
+}
+
+static void begin(struct change *c, struct dirty_bitmap_action *a,
+                  const struct change_action_ops *ops, struct dirty_bitmap_ref ref)
+{
+    *a = (struct dirty_bitmap_action){.ref = ref};
+    change_add_action(c, &a->action, ops);
+}
+
+static int reserve(struct change *c, const char *node_name, struct error **err)
+{
+    for (unsigned i = 0; i < c->root_count; i++) {
+        if (strcmp(c->roots[i], node_name) == 0)
+            return 0;
+    }
+    return change_add_root(c, node_name, err);
+}
+
+/* ---- add ---- */
+
+static int check_new(struct dirty_bitmap_action *a, const struct node *node, struct error **err)
+{
+    const char *name = a->ref.name;
+
+    if (!name[0] || strlen(name) > DIRTY_BITMAP_NAME_MAX)
+        return error_set(err, EINVAL,
+                         "the name of a dirty bitmap has %zu bytes, 1 to %d are allowed",
+                         strlen(name), DIRTY_BITMAP_NAME_MAX);
+    if (find(node, name) || pending(a->action.change, &add_ops, NULL, &a->ref))
+        return error_set(err, EEXIST, "node '%s' has a dirty bitmap '%s' already", a->ref.node,
+                         name);
+    if (a->granularity < BITMAP_GRANULARITY_MIN || a->granularity > BITMAP_GRANULARITY_MAX ||
+        !is_power_of_2(a->granularity))
+        return error_set(err, EINVAL,
+                         "granularity %" PRIu64 " is not a power of two from %" PRIu64
+                         " to %" PRIu64,
+                         a->granularity, BITMAP_GRANULARITY_MIN, BITMAP_GRANULARITY_MAX);
+    return 0;
+}
+
+static int control_fn add_prepare(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct dirty_bitmap *d;
+    struct node *node;
+    int r = graph_need(graph_of(a), a->ref.node, &node, err);
+
+    if (r == 0)
+        r = check_new(a, node, err);
+    if (r < 0)
+        return r;
+    a->group = group_of(node) ? NULL : group_new();
+    if (!a->group && !group_of(node))
+        return no_memory(a, err);
+    d = try_new(struct dirty_bitmap);
+    if (!d)
+        return no_memory(a, err);
+    a->bitmap = d;
+    list_init(&d->link);
+    d->name = xstrdup(a->ref.name);
+    d->bits = bitmap_new(node_size(node), a->granularity);
+    d->enabled = a->enabled;
+    d->high_water = node_size(node);
+    return d->bits ? 0 : no_memory(a, err);
+}
+
+static void control_fn add_commit(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct node_bitmaps *group = group_of(node_in_commit(a));
+
+    if (!group) {
+        group = take(&a->group);
+        assert(group);
+        node_attach_tracker(node_in_commit(a), &group->tracker);
+    }
+    list_append(&group->bitmaps, &a->bitmap->link);
+    new_generation(a->bitmap);
+    group_update(group);
+}
+
+static void add_abort(struct change_action *action)
+{
+    action_of(action)->bitmap = dirty_bitmap_free(action_of(action)->bitmap);
+    action_release(action);
+}
+
+static const struct change_action_ops add_ops = {
+    .co_prepare = add_prepare,
+    .commit = add_commit,
+    .co_abort = add_abort,
+    .co_finish = action_release,
+};
+
+int dirty_bitmap_action_add(struct change *c, struct dirty_bitmap_action *a,
+                            struct dirty_bitmap_ref ref, uint64_t granularity, bool enabled,
+                            struct error **err)
+{
+    begin(c, a, &add_ops, ref);
+    a->granularity = granularity ? granularity : DEFAULT_GRANULARITY;
+    a->enabled = enabled;
+    return reserve(c, ref.node, err);
+}
+
+/* ---- remove ---- */
+
+static void control_fn remove_commit(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct node_bitmaps *group = group_in_commit(a);
+
+    list_remove(&a->bitmap->link);
+    group_update(group);
+    if (!list_empty(&group->bitmaps))
+        return;
+    node_detach_tracker(node_in_commit(a), &group->tracker);
+    a->group = group;
+}
+
+static void remove_finish(struct change_action *action)
+{
+    action_of(action)->bitmap = dirty_bitmap_free(action_of(action)->bitmap);
+    action_release(action);
+}
+
+static const struct change_action_ops remove_ops = {
+    .co_prepare = prepare_only,
+    .commit = remove_commit,
+    .co_abort = action_release,
+    .co_finish = remove_finish,
+};
+
+int dirty_bitmap_action_remove(struct change *c, struct dirty_bitmap_action *a,
+                               struct dirty_bitmap_ref ref, struct error **err)
+{
+    begin(c, a, &remove_ops, ref);
+    return reserve(c, ref.node, err);
+}
+
+/* ---- clear ---- */
+
+static int control_fn clear_prepare(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    int r = prepare_bitmap(a, err);
+
+    if (r < 0)
+        return r;
+    a->spare = bitmap_new(bitmap_size(a->bitmap->bits), bitmap_granularity(a->bitmap->bits));
+    return a->spare ? 0 : no_memory(a, err);
+}
+
+static int control_fn clear_persist(struct change_action *action, struct error **err)
+{
+    (void)err;
+    swap_content(action_of(action)); /* DIRTY-2 */
+    return 0;
+}
+
+static int control_fn content_undo(struct change_action *action, struct error **err)
+{
+    (void)err;
+    swap_content(action_of(action));
+    return 0;
+}
+
+static void control_fn clear_commit(struct change_action *action)
+{
+    struct dirty_bitmap *d = action_of(action)->bitmap;
+
+    d->high_water = bitmap_size(d->bits);
+    new_generation(d);
+}
+
+static const struct change_action_ops clear_ops = {
+    .co_prepare = clear_prepare,
+    .co_persist = clear_persist,
+    .co_undo = content_undo,
+    .commit = clear_commit,
+    .co_abort = action_release,
+    .co_finish = action_release,
+};
+
+int dirty_bitmap_action_clear(struct change *c, struct dirty_bitmap_action *a,
+                              struct dirty_bitmap_ref ref, struct error **err)
+{
+    begin(c, a, &clear_ops, ref);
+    return reserve(c, ref.node, err);
+}
+
+/* ---- enable and disable ---- */
+
+static void control_fn enable_commit(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+
+    a->bitmap->enabled = a->enabled;
+    new_generation(a->bitmap);
+    group_update(group_in_commit(a));
+}
+
+static const struct change_action_ops enable_ops = {
+    .co_prepare = prepare_only,
+    .commit = enable_commit,
+    .co_abort = action_release,
+    .co_finish = action_release,
+};
+
+int dirty_bitmap_action_enable(struct change *c, struct dirty_bitmap_action *a,
+                               struct dirty_bitmap_ref ref, bool enabled, struct error **err)
+{
+    begin(c, a, &enable_ops, ref);
+    a->enabled = enabled;
+    return reserve(c, ref.node, err);
+}
+
+/* ---- merge ---- */
+
+static int control_fn merge_prepare(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    int r = prepare_bitmap(a, err);
+
+    if (r < 0)
+        return r;
+    a->from = try_new_n(struct dirty_bitmap *, a->source_count);
+    if (!a->from)
+        return no_memory(a, err);
+    for (size_t i = 0; r == 0 && i < a->source_count; i++) {
+        const struct dirty_bitmap_ref *ref = &a->sources[i];
+        uint64_t size = bitmap_size(a->bitmap->bits);
+
+        r = dirty_bitmap_need(action->change, graph_of(a), *ref, &a->from[i], err);
+        if (r == 0 && bitmap_size(a->from[i]->bits) != size)
+            r = error_set(err, EINVAL,
+                          "dirty bitmap '%s' of node '%s' covers %" PRIu64 " bytes, '%s' of node "
+                          "'%s' %" PRIu64 ": sizes must be equal",
+                          ref->name, ref->node, bitmap_size(a->from[i]->bits), a->ref.name,
+                          a->ref.node, size);
+    }
+    return r;
+}
+
+/* Behind closed gates, so that the sources are what they are at the instant of the change. */
+static int control_fn merge_persist(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    const struct bitmap *bits = a->bitmap->bits;
+    struct bitmap *sum = bitmap_new(bitmap_size(bits), bitmap_granularity(bits));
+    int r = sum ? bitmap_merge(sum, bits) : -ENOMEM;
+
+    for (size_t i = 0; r == 0 && i < a->source_count; i++)
+        r = bitmap_merge(sum, a->from[i]->bits);
+    if (r < 0) {
+        bitmap_free(sum);
+        return no_memory(a, err);
+    }
+    a->spare = sum;
+    swap_content(a); /* DIRTY-2 */
+    return 0;
+}
+
+static int control_fn merge_undo(struct change_action *action, struct error **err)
+{
+    return action_of(action)->spare ? content_undo(action, err) : 0;
+}
+
+static const struct change_action_ops merge_ops = {
+    .co_prepare = merge_prepare,
+    .co_persist = merge_persist,
+    .co_undo = merge_undo,
+    .co_abort = action_release,
+    .co_finish = action_release,
+};
+
+int dirty_bitmap_action_merge(struct change *c, struct dirty_bitmap_action *a,
+                              struct dirty_bitmap_ref ref, const struct dirty_bitmap_ref *sources,
+                              size_t source_count, struct error **err)
+{
+    int r;
+
+    begin(c, a, &merge_ops, ref);
+    a->sources = sources;
+    a->source_count = source_count;
+    r = reserve(c, ref.node, err);
+    for (size_t i = 0; r == 0 && i < source_count; i++)
+        r = reserve(c, sources[i].node, err);
+    return r;
+}
+
+/* ---- successors (I6) ---- */
+
+static int control_fn freeze_prepare(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct dirty_bitmap *d;
+    int r = dirty_bitmap_need(action->change, graph_of(a), a->ref, &d, err);
+
+    if (r < 0)
+        return r;
+    a->spare = bitmap_new(bitmap_size(d->bits), bitmap_granularity(d->bits));
+    if (!a->spare)
+        return no_memory(a, err);
+    a->owner_copy = xstrdup(a->owner);
+    a->bitmap = d;
+    return 0;
+}
+
+static void control_fn freeze_commit(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+
+    a->bitmap->successor = take(&a->spare);
+    a->bitmap->owner = take(&a->owner_copy);
+    group_update(group_in_commit(a));
+}
+
+static const struct change_action_ops freeze_ops = {
+    .co_prepare = freeze_prepare,
+    .commit = freeze_commit,
+    .co_abort = action_release,
+    .co_finish = action_release,
+};
+
+int dirty_bitmap_action_freeze(struct change *c, struct dirty_bitmap_action *a,
+                               struct dirty_bitmap_ref ref, const char *owner, struct error **err)
+{
+    begin(c, a, &freeze_ops, ref);
+    a->owner = owner;
+    return reserve(c, ref.node, err);
+}
+
+static int control_fn thaw_prepare(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct dirty_bitmap *d;
+    int r = find_ref(action->change, graph_of(a), &a->ref, &d, err);
+
+    if (r < 0)
+        return r;
+    if (!d->successor)
+        return error_set(err, EINVAL, "dirty bitmap '%s' of node '%s' is not frozen", a->ref.name,
+                         a->ref.node);
+    a->bitmap = d;
+    return 0;
+}
+
+/* The job is done with it. What is left over is freed after the gates are open. */
+static void thaw(struct dirty_bitmap_action *a, struct bitmap *content, struct bitmap *left_over)
+{
+    struct dirty_bitmap *d = a->bitmap;
+
+    d->bits = content;
+    d->successor = NULL;
+    a->spare = left_over;
+    free(take(&d->owner));
+    group_update(group_in_commit(a));
+}
+
+static void control_fn reclaim_commit(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct dirty_bitmap *d = a->bitmap;
+
+    (void)bitmap_merge(d->successor, d->bits); /* without memory it has more, and that is right */
+    thaw(a, d->successor, d->bits);
+}
+
+static void control_fn abdicate_commit(struct change_action *action)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    struct dirty_bitmap *d = a->bitmap;
+
+    thaw(a, d->successor, d->bits);
+    d->high_water = bitmap_size(d->bits);
+    new_generation(d);
+}
+
+static const struct change_action_ops reclaim_ops = {
+    .co_prepare = thaw_prepare,
+    .commit = reclaim_commit,
+    .co_abort = action_release,
+    .co_finish = action_release,
+};
+
+static const struct change_action_ops abdicate_ops = {
+    .co_prepare = thaw_prepare,
+    .commit = abdicate_commit,
+    .co_abort = action_release,
+    .co_finish = action_release,
+};
+
+int dirty_bitmap_action_reclaim(struct change *c, struct dirty_bitmap_action *a,
+                                struct dirty_bitmap_ref ref, struct error **err)
+{
+    begin(c, a, &reclaim_ops, ref);
+    return reserve(c, ref.node, err);
+}
+
+int dirty_bitmap_action_abdicate(struct change *c, struct dirty_bitmap_action *a,
+                                 struct dirty_bitmap_ref ref, struct error **err)
+{
+    begin(c, a, &abdicate_ops, ref);
+    return reserve(c, ref.node, err);
+}
+
+/* ---- outside of changes ---- */
+
+int dirty_bitmap_co_hold(struct graph *graph, struct dirty_bitmap_ref ref, const char *owner,
+                         struct dirty_bitmap **ret, struct error **err)
+{
+    struct change change;
+    struct dirty_bitmap *d;
+    int r;
+
+    /* Reserved for a moment: no change that wants to remove it is under way then. */
+    change_init(&change, graph, "%s", owner);
+    r = change_add_root(&change, ref.node, err);
+    if (r == 0)
+        r = change_co_reserve(&change, err);
+    if (r == 0)
+        r = dirty_bitmap_need(NULL, graph, ref, &d, err);
+    if (r == 0) {
+        d->owner = xstrdup(owner);
+        *ret = d;
+    }
+    change_end(&change);
+    return r;
+}
+
+void dirty_bitmap_release(struct dirty_bitmap *d)
+{
+    assert(d->owner && !d->successor);
+    free(take(&d->owner));
+    if (list_empty(&d->link)) /* its node is gone */
+        dirty_bitmap_free(d);
+}
+
+struct node *dirty_bitmap_find_below(struct node *node, const char *name)
+{
+    while (node && !find(node, name)) {
+        struct edge *file = node_driver(node)->kind == DRIVER_FILTER ? node_file(node) : NULL;
+
+        node = file ? edge_node(file) : NULL;
+    }
+    return node;
+}
+
+const char *dirty_bitmap_name(const struct dirty_bitmap *d)
+{
+    return d->name;
+}
+
+bool dirty_bitmap_enabled(const struct dirty_bitmap *d)
+{
+    return d->enabled;
+}
+
+struct bitmap *dirty_bitmap_bits(const struct dirty_bitmap *d)
+{
+    return d->bits;
+}
+
+static void describe(const struct dirty_bitmap *d, struct dirty_bitmap_picture *ret)
+{
+    ret->name = d->name;
+    ret->count_bytes = bitmap_count(d->bits);
+    ret->granularity = bitmap_granularity(d->bits);
+    ret->recording = d->enabled;
+    ret->busy = d->owner != NULL;
+    memcpy(ret->generation, d->generation, sizeof(ret->generation));
+}
+
+void dirty_bitmap_for_each(const struct node *node, dirty_bitmap_fn *fn, void *arg)
+{
+    const struct node_bitmaps *group = group_of(node);
+    const struct dirty_bitmap *d;
+
+    if (!group)
+        return;
+    list_for_each (&group->bitmaps, d, link) {
+        struct dirty_bitmap_picture picture;
+
+        describe(d, &picture);
+        fn(&picture, arg);
+    }
+}
+
+unsigned dirty_bitmap_count(const struct node *node)
+{
+    const struct node_bitmaps *group = group_of(node);
+    const struct dirty_bitmap *d;
+    unsigned count = 0;
+
+    if (!group)
+        return 0;
+    list_for_each (&group->bitmaps, d, link)
+        count++;
+    return count;
+}
