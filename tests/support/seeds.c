@@ -56,6 +56,11 @@ uint64_t seeds_next(void)
     return ++seeds.current;
 }
 
+bool seeds_enough(unsigned count)
+{
+    return seeds.finished >= count;
+}
+
 bool seeds_running(void)
 {
     return seeds.left > 0;

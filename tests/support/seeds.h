@@ -22,6 +22,12 @@ uint64_t seeds_begin(void);
 uint64_t seeds_next(void);
 bool seeds_running(void);
 
+/*
+ * After TEST_SEEDS: has the case run so many? What shows in some of many worlds may be asserted then: it need not show in
+ * each handful of them.
+ */
+bool seeds_enough(unsigned count);
+
 /* Names the case that runs now; for the generated main. */
 void seeds_enter_case(const char *name);
 

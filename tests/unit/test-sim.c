@@ -282,7 +282,7 @@ static void test_sim__loops_interleave_at_atomics(void **state)
         raced += u.value != 100;
     }
 #ifdef CAIRN_SIM_POINTS
-    assert_true(raced > 0);
+    assert_true(!seeds_enough(50) || (raced > 0));
 #else
     assert_int_equal(raced, 0);
 #endif
@@ -396,7 +396,7 @@ static void test_sim__short_transfers_are_continued(void **state)
         assert_int_equal(run_with(&f, NULL, seed, write_and_read_back, NULL), SIM_RETURNED);
         most = f.seen > most ? f.seen : most;
     }
-    assert_true(most > 4);
+    assert_true(!seeds_enough(50) || (most > 4));
 }
 
 struct hang {
@@ -574,7 +574,7 @@ static void test_sim__cancelled_write_may_complete_late(void **state)
         o.fault_count = 2;
         assert_int_equal(sim_run(&o, cancel_a_write, &late), SIM_RETURNED);
     }
-    assert_true(late > 0);
+    assert_true(!seeds_enough(50) || (late > 0));
 }
 
 static void misaligned(void *arg)
@@ -720,7 +720,7 @@ static void test_sim__power_cut_keeps_drops_and_tears_what_was_not_flushed(void 
         reordered += sectors == 0 && second;
         sim_disk_free(d);
     }
-    assert_true(kept && dropped && torn && reordered);
+    assert_true(!seeds_enough(50) || (kept && dropped && torn && reordered));
 }
 
 static void durable_after_plain(void *arg)
@@ -750,7 +750,7 @@ static void test_sim__durable_write_makes_itself_durable_only(void **state)
         lost += disk_byte(d, PATH, 0) != 'a';
         sim_disk_free(d);
     }
-    assert_true(lost > 0);
+    assert_true(!seeds_enough(50) || (lost > 0));
 }
 
 static void sync_fails_for_good(void *arg)
@@ -789,7 +789,7 @@ static void test_sim__failed_sync_drops_pages_and_the_next_open_file_is_lied_to(
         }
         sim_disk_free(d);
     }
-    assert_true(lost && shown && shown < lost);
+    assert_true(!seeds_enough(50) || (lost && shown && shown < lost));
 }
 
 struct naming {
@@ -835,7 +835,7 @@ static void test_sim__names_are_lost_without_a_sync_of_the_directory(void **stat
         extra += sim_disk_size(d, "/dir/extra") == -ENOENT;
         sim_disk_free(d);
     }
-    assert_true(old && new &&extra);
+    assert_true(!seeds_enough(50) || (old && new &&extra));
 }
 
 static void test_sim__tmpfs_is_empty_after_a_power_cut(void **state)
@@ -895,7 +895,7 @@ static void test_sim__process_can_be_killed_at_each_operation(void **state)
             assert_int_equal(end, SIM_KILLED);
         }
     }
-    assert_true(ahead > 0);
+    assert_true(!seeds_enough(50) || (ahead > 0));
 }
 
 static void sleep_long(void *arg)
