@@ -6,6 +6,7 @@
 #include "config.h"
 #include "control/qmp-server.h"
 #include "graph/change.h"
+#include "jobs/job.h"
 #include "loop/co.h"
 #include "loop/loop.h"
 #include "schema-dispatch.h"
@@ -27,6 +28,7 @@ static void export_deleted(const char *id, void *arg)
 
 struct control *control_new(const struct driver *const *const *drivers,
                             struct loop *const *io_loops, unsigned io_loop_count,
+                            struct loop *const *copy_loops, unsigned copy_loop_count,
                             control_quit_fn *quit, void *arg)
 {
     struct control *c = xnew(struct control);
@@ -46,6 +48,7 @@ struct control *control_new(const struct driver *const *const *drivers,
     list_init(&c->servers);
     c->graph = graph_new(drivers);
     c->exports = exports_new(c->graph, io_loops, io_loop_count, export_deleted, c);
+    c->jobs = jobs_new(copy_loops, copy_loop_count, control_job_event, c);
     return c;
 }
 
@@ -92,6 +95,8 @@ struct control *control_co_free(struct control *c)
         return NULL;
     end_commands(c);
     c->exports = exports_co_free(c->exports);
+    jobs_co_cancel_all(c->jobs);
+    c->jobs = jobs_free(c->jobs);
     c->graph = graph_co_free(c->graph);
     while ((server = list_first(&c->servers, struct qmp_server, link)))
         qmp_server_co_free(server);

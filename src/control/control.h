@@ -18,6 +18,8 @@
 #include <stdbool.h>
 
 struct driver;
+struct job_event;
+struct jobs;
 struct loop;
 
 /* A client asks for the end. Called once or more; it must not wait: the answer is still to be sent. */
@@ -26,6 +28,7 @@ typedef void control_quit_fn(void *arg);
 struct control {
     struct graph *graph;
     struct exports *exports;
+    struct jobs *jobs;
 
     /* For src/control alone. */
     struct qmp_service service;
@@ -37,20 +40,24 @@ struct control {
     struct co_wait *idle_wait; /* until running is 0 */
 };
 
-/* `drivers` as for graph_new(), the loops as for exports_new(). */
+/* `drivers` as for graph_new(), the loops as for exports_new() and jobs_new(). */
 struct control *control_new(const struct driver *const *const *drivers,
                             struct loop *const *io_loops, unsigned io_loop_count,
+                            struct loop *const *copy_loops, unsigned copy_loop_count,
                             control_quit_fn *quit, void *arg);
 
 /*
  * The orderly end: commands that run end or, after the time that a change of the graph may take, are cancelled; exports are removed
- * and their clients disconnected; all nodes are closed; what was sent to clients of the control sockets goes out, for a
+ * and their clients disconnected; jobs are cancelled by force; all nodes are closed; what was sent to clients of the control sockets goes out, for a
  * second at most, and the sockets are closed. Returns NULL.
  */
 struct control *co_fn control_fn control_co_free(struct control *c);
 
 /* Sends an event, as made by a generated event_...() function, to all sessions that take events. Takes the event. */
 void control_event(struct control *c, json_t *event);
+
+/* Tells clients; `arg` is the control. */
+void control_job_event(const struct job_event *e, void *arg);
 
 static inline struct control *control_of(const struct qmp_session *session)
 {

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * cairnd: the daemon. The main thread is the control thread; I/O threads serve clients.
+ * cairnd: the daemon. The main thread is the control thread; I/O threads serve clients; jobs work on copy threads.
  *
  * It sets up what the command line says, from left to right, waits until a signal or a client asks for the end, and takes all
- * down in order: exports, nodes, control sockets (control_co_free()). An end that is asked for during set-up cancels that.
+ * down in order: exports, jobs, nodes, control sockets (control_co_free()). An end that is asked for during set-up cancels that.
  * How long the end may take is bounded: who holds it up is named, and at last the process ends without it (P4).
  */
 #include "base/alloc.h"
@@ -20,6 +20,7 @@
 #include "formats/list.h"
 #include "graph/backend.h"
 #include "graph/change.h"
+#include "jobs/job.h"
 #include "loop/co.h"
 #include "loop/loop.h"
 #include "loop/scope.h"
@@ -47,7 +48,7 @@ struct channel {
 struct daemon {
     const struct options *options;
     struct loop *loop;
-    struct loop_thread **threads;
+    struct loop_thread **threads; /* I/O threads, then copy threads */
     unsigned thread_count;
     struct control *control;
     struct list channels;
@@ -244,20 +245,30 @@ static void co_fn control_fn set_up(void *arg)
         process_detach();
 }
 
+static int co_fn start_kind_of_thread(struct daemon *d, const char *kind, unsigned count,
+                                      struct error **err)
+{
+    for (unsigned i = 0; i < count; i++) {
+        char name[16];
+        int r;
+
+        (void)snprintf(name, sizeof(name), "%s%u", kind, i);
+        r = loop_thread_start(&d->threads[d->thread_count], name, err);
+        if (r < 0)
+            return r;
+        d->thread_count++;
+    }
+    return 0;
+}
+
 static int co_fn start_threads(struct daemon *d, struct error **err)
 {
-    int r = 0;
+    const struct options *o = d->options;
+    int r;
 
-    d->threads = xnew_n(struct loop_thread *, d->options->io_threads);
-    while (r == 0 && d->thread_count < d->options->io_threads) {
-        char name[16];
-
-        (void)snprintf(name, sizeof(name), "io%u", d->thread_count);
-        r = loop_thread_start(&d->threads[d->thread_count], name, err);
-        if (r == 0)
-            d->thread_count++;
-    }
-    return r;
+    d->threads = xnew_n(struct loop_thread *, o->io_threads + o->copy_threads);
+    r = start_kind_of_thread(d, "io", o->io_threads, err);
+    return r < 0 ? r : start_kind_of_thread(d, "copy", o->copy_threads, err);
 }
 
 static void co_fn stop_threads(struct daemon *d)
@@ -274,11 +285,13 @@ static void control_start(struct daemon *d)
         format_drivers,
         NULL,
     };
+    unsigned io_threads = d->options->io_threads;
     struct loop **loops = xnew_n(struct loop *, d->thread_count);
 
     for (unsigned i = 0; i < d->thread_count; i++)
         loops[i] = loop_thread_loop(d->threads[i]);
-    d->control = control_new(drivers, loops, d->thread_count, daemon_stop, d);
+    d->control = control_new(drivers, loops, io_threads, loops + io_threads,
+                             d->thread_count - io_threads, daemon_stop, d);
     graph_set_change_deadline(d->control->graph, d->options->change_deadline_ns);
     free(loops);
 }
@@ -299,6 +312,15 @@ static void name_holder(const struct backend *b, void *arg)
         picture.oldest_ns && picture.oldest_ns < now ? (now - picture.oldest_ns) / NS_PER_MS : 0);
 }
 
+static void name_job(const struct job *job, void *arg)
+{
+    struct job_picture p;
+
+    (void)arg;
+    job_picture(job, &p);
+    log_warning("still stopping: job '%s' is %s", p.id, job_status_name(p.status));
+}
+
 static void co_fn watch_stop(void *arg)
 {
     struct daemon *d = arg;
@@ -309,6 +331,8 @@ static void co_fn watch_stop(void *arg)
         log_warning("still stopping, %u of %u times the deadline", i + 1, STOP_PATIENCE);
         if (d->control->graph)
             graph_for_each_backend(d->control->graph, name_holder, NULL);
+        if (d->control->jobs)
+            jobs_for_each(d->control->jobs, name_job, NULL);
     }
     log_warning("gave up stopping in order: what was not flushed may be lost");
     process_remove_pidfile();

@@ -16,10 +16,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One loop each; the control thread has another, and tests and jobs to come want some too. */
-#define IO_THREADS_MAX 32
+/* One loop each; the control thread has another. Together less than LOOP_MAX. */
+#define IO_THREADS_MAX   32
+#define COPY_THREADS_MAX 16
 /* When nothing is said: no more than this, however many CPUs there are. */
-#define IO_THREADS_USUAL 4
+#define IO_THREADS_USUAL   4
+#define COPY_THREADS_USUAL 1
 /* A day. */
 #define CHANGE_DEADLINE_MAX_S 86400
 
@@ -43,6 +45,7 @@ enum {
     OPT_PIDFILE,
     OPT_ENGINE,
     OPT_IO_THREADS,
+    OPT_COPY_THREADS,
     OPT_CHANGE_DEADLINE,
     OPT_OBJECT,
     OPT_STEP, /* + enum step_kind */
@@ -58,6 +61,7 @@ static const struct option long_options[] = {
     {"pidfile", required_argument, NULL, OPT_PIDFILE},
     {"engine", required_argument, NULL, OPT_ENGINE},
     {"io-threads", required_argument, NULL, OPT_IO_THREADS},
+    {"copy-threads", required_argument, NULL, OPT_COPY_THREADS},
     {"change-deadline", required_argument, NULL, OPT_CHANGE_DEADLINE},
     {"object", required_argument, NULL, OPT_OBJECT},
     {"trace", required_argument, NULL, 'T'},
@@ -151,6 +155,10 @@ static int read_option(struct options *o, int opt, const char *word, struct erro
         r = read_number("--io-threads", optarg, IO_THREADS_MAX, &number, err);
         o->io_threads = (unsigned)number;
         return r;
+    case OPT_COPY_THREADS:
+        r = read_number("--copy-threads", optarg, COPY_THREADS_MAX, &number, err);
+        o->copy_threads = (unsigned)number;
+        return r;
     case OPT_CHANGE_DEADLINE:
         r = read_number("--change-deadline", optarg, CHANGE_DEADLINE_MAX_S, &number, err);
         o->change_deadline_ns = number * NS_PER_S;
@@ -169,6 +177,7 @@ int options_parse(struct options *ret, int argc, char **argv, struct error **err
     struct options o = {
         .engine = LOOP_ENGINE_AUTO,
         .io_threads = usual_io_threads(),
+        .copy_threads = COPY_THREADS_USUAL,
         .change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS,
         .steps = xnew_n(struct step, (size_t)MAX(argc, 1)),
     };
@@ -220,9 +229,10 @@ char *options_help(const char *program)
         "  --pidfile PATH        write the process id there when all of this is done\n"
         "  --engine ENGINE       how I/O is done: io_uring, threads, or auto (default)\n"
         "  --io-threads N        threads that serve clients; the default here is %u\n"
+        "  --copy-threads N      threads that jobs work on; default %u\n"
         "  --change-deadline S   seconds that a change of the graph may wait; default %u\n"
         "  -V, --version         say the version and exit\n"
         "  -h, --help            say this and exit\n",
-        program, option_help, usual_io_threads(),
+        program, option_help, usual_io_threads(), COPY_THREADS_USUAL,
         (unsigned)(CHANGE_DEADLINE_DEFAULT_NS / NS_PER_S));
 }

@@ -27,6 +27,7 @@ struct options {
     const char *pidfile; /* borrowed, or NULL */
     enum loop_engine engine;
     unsigned io_threads;
+    unsigned copy_threads;
     uint64_t change_deadline_ns;
 
     struct step *steps;

@@ -32,9 +32,10 @@ struct job_txn;
 /* Operations that a kind does not have are NULL. All but co_run are called on the control thread. */
 struct job_ops {
     enum job_type type;
-    bool plain;         /* it has no events but JOB_STATUS_CHANGE, and waits to be dismissed always */
-    size_t state_size;  /* of job_state(), zeroed */
-    bool finishes_soft; /* a cancel without force, when it is ready, lets it end well: JOB_ASK_FINISH */
+    bool plain; /* it has no events but JOB_STATUS_CHANGE, and waits to be dismissed always */
+    size_t state_size; /* of job_state(), zeroed */
+    bool
+        finishes_soft; /* a cancel without force, when it is ready, lets it end well: JOB_ASK_FINISH */
 
     /*
      * The work, in a coroutine on a copy loop. 0, or a negative errno and, if errno's text is not enough, *err. When the job
@@ -53,7 +54,7 @@ struct job_ops {
 
     /* May job-complete be done now? NULL: a job of this kind is never completed. */
     int (*complete)(struct job *job, struct error **err);
-    /* The limit has changed, also before the start; NULL: co_run looks at job_speed(). */
+    /* The limit, at the start and when it changes; NULL: co_run looks at job_speed(). */
     void (*set_speed)(struct job *job, uint64_t bytes_per_second);
     /* Any time between co_run's begin and co_clean. NULL: what job_progress_...() says. */
     void (*progress)(const struct job *job, uint64_t *ret_current, uint64_t *ret_total);
@@ -175,9 +176,9 @@ bool job_should_pause(const struct job *job);
 int co_fn job_co_pause_point(struct job *job);
 
 /*
- * How many coroutines of the job call job_co_pause_point(): its status is paused when that many rest. From the start it is 1,
- * for co_run itself. co_run that lets others work and only waits for them calls job_worker_end() before that and
- * job_worker_begin() after, and each worker the same the other way round.
+ * How many coroutines of the job come to pause points: its status is paused when at least one rests, and at least that many.
+ * co_run that works alone need not say so. One that lets others work and waits for them is none itself; each of them begins
+ * and ends.
  */
 void job_worker_begin(struct job *job);
 void job_worker_end(struct job *job);

@@ -79,7 +79,7 @@ static void begin_with(struct fixture *f, const struct driver *const *const *dri
     (void)snprintf(f->path, sizeof(f->path), "/tmp/test-qmp-server.%d.sock", (int)getpid());
     assert_int_equal(loop_thread_start(&f->io, "io", &err), 0);
     loop = loop_thread_loop(f->io);
-    f->control = control_new(drivers, &loop, 1, count_quit, f);
+    f->control = control_new(drivers, &loop, 1, &loop, 1, count_quit, f);
     assert_int_equal(qmp_server_co_new(&f->server, f->control, &address, &err), 0);
     assert_int_equal(qmp_server_start(f->server, false, &err), 0);
 }
