@@ -438,6 +438,24 @@ uint64_t bitmap_count(const struct bitmap *b)
     return count_below(b, &b->root, b->levels, 0) << b->granularity_bits;
 }
 
+void bitmap_read(const struct bitmap *b, uint64_t first, void *buf, size_t bytes)
+{
+    uint8_t *out = buf;
+    struct run run = {.b = b, .pos = first, .max = UINT64_MAX};
+    uint64_t end = MIN(first + bytes * 8, b->granules);
+
+    memset(out, 0, bytes);
+    while (run.pos < end) {
+        run.found = false;
+        run.end = end;
+        run_find(&run);
+        if (!run.found)
+            break;
+        for (uint64_t i = run.first - first; i < run.pos - first; i++)
+            out[i / 8] |= (uint8_t)(1u << i % 8);
+    }
+}
+
 void bitmap_clear(struct bitmap *b)
 {
     bitmap_arena_reset(&b->arena);

@@ -17,6 +17,7 @@
 #define CAIRN_BITMAPS_BITMAP_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #define BITMAP_GRANULARITY_MIN ((uint64_t)1 << 9)
@@ -53,6 +54,9 @@ bool bitmap_next_dirty(const struct bitmap *b, uint64_t from, uint64_t end, uint
 
 /* Any thread. Granules that are dirty, in bytes: the last one counts in full. Walks the tree. */
 uint64_t bitmap_count(const struct bitmap *b);
+
+/* Any thread. The bits from granule `first`, a multiple of 8, on: least significant first, clean beyond the size. */
+void bitmap_read(const struct bitmap *b, uint64_t first, void *buf, size_t bytes);
 
 /*
  * Drained, both. Makes dirty in `dst` what is dirty in `src`, rounded outward to dst's granules. Sizes and granularities may

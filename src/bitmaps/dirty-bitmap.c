@@ -632,16 +632,12 @@ int dirty_bitmap_action_freeze(struct change *c, struct dirty_bitmap_action *a,
 static int control_fn thaw_prepare(struct change_action *action, struct error **err)
 {
     struct dirty_bitmap_action *a = action_of(action);
-    struct dirty_bitmap *d;
-    int r = find_ref(action->change, graph_of(a), &a->ref, &d, err);
+    int r = find_ref(action->change, graph_of(a), &a->ref, &a->bitmap, err);
 
-    if (r < 0)
-        return r;
-    if (!d->successor)
-        return error_set(err, EINVAL, "dirty bitmap '%s' of node '%s' is not frozen", a->ref.name,
-                         a->ref.node);
-    a->bitmap = d;
-    return 0;
+    if (r == 0 && !a->bitmap->successor)
+        r = error_set(err, EINVAL, "dirty bitmap '%s' of node '%s' is not frozen", a->ref.name,
+                      a->ref.node);
+    return r;
 }
 
 /* The job is done with it. What is left over is freed after the gates are open. */
@@ -733,6 +729,12 @@ void dirty_bitmap_release(struct dirty_bitmap *d)
     free(take(&d->owner));
     if (list_empty(&d->link)) /* its node is gone */
         dirty_bitmap_free(d);
+}
+
+int dirty_bitmap_find(struct graph *graph, struct dirty_bitmap_ref ref, struct dirty_bitmap **ret,
+                      struct error **err)
+{
+    return find_ref(NULL, graph, &ref, ret, err);
 }
 
 struct node *dirty_bitmap_find_below(struct node *node, const char *name)

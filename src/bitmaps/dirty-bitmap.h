@@ -102,6 +102,10 @@ int co_fn control_fn dirty_bitmap_co_hold(struct graph *graph, struct dirty_bitm
                                           struct error **err);
 void control_fn dirty_bitmap_release(struct dirty_bitmap *d);
 
+/* As dirty_bitmap_need(), also with an owner: to look at. Valid until the next yield. */
+int control_fn dirty_bitmap_find(struct graph *graph, struct dirty_bitmap_ref ref,
+                                 struct dirty_bitmap **ret, struct error **err);
+
 /* The first node from this one down through filters that has a bitmap of this name; NULL: none. */
 struct node *control_fn dirty_bitmap_find_below(struct node *node, const char *name);
 

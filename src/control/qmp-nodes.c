@@ -3,6 +3,7 @@
 #include "base/alloc.h"
 #include "base/macros.h"
 #include "control/control.h"
+#include "control/describe-bitmaps.h"
 #include "graph/driver.h"
 #include "schema-dispatch.h"
 
@@ -79,6 +80,7 @@ static void describe(const struct node *node, struct block_device_info *ret)
     ret->cache.writeback = true;
     ret->cache.direct = settings->direct;
     ret->cache.no_flush = settings->no_flush;
+    ret->has_dirty_bitmaps = describe_bitmaps(node, &ret->dirty_bitmaps);
 }
 
 static void count_node(struct node *node, void *arg)
