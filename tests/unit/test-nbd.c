@@ -571,9 +571,20 @@ static void send_some(struct client *c)
         c->broken = true;
 }
 
+static void send_disc(struct client *c)
+{
+    uint8_t disc[NBD_REQUEST_BYTES];
+
+    put_request(disc, 0, NBD_CMD_DISC, 0, 0, 0);
+    if (!c->broken && wire_send(c->socket, disc, sizeof(disc)) < 0)
+        c->broken = true;
+}
+
 static void serve_connection(struct client *c)
 {
+    bool early = prng_chance(&c->prng, 500); /* a graceful end, with answers under way */
     struct co_scope receiving;
+    uint8_t byte;
 
     co_scope_init(&receiving);
     c->no_more = false;
@@ -586,15 +597,13 @@ static void serve_connection(struct client *c)
             co_yield ();
     }
     c->no_more = true;
+    if (early)
+        send_disc(c);
     co_scope_join(&receiving);
-    if (!c->broken) { /* a graceful end: the server closes */
-        uint8_t disc[NBD_REQUEST_BYTES];
-        uint8_t byte;
-
-        put_request(disc, 0, NBD_CMD_DISC, 0, 0, 0);
-        if (wire_send(c->socket, disc, sizeof(disc)) == 0)
-            check(socket_co_recv(c->socket, &byte, 1, LOOP_FOREVER) <= 0);
-    }
+    if (!early)
+        send_disc(c);
+    if (!c->broken)
+        check(socket_co_recv(c->socket, &byte, 1, LOOP_FOREVER) <= 0); /* the server closes */
     for (unsigned i = 0; i < SLOTS; i++) {
         if (c->slots[i].busy)
             put_in_doubt(c, &c->slots[i]);

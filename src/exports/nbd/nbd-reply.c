@@ -198,7 +198,7 @@ void nbd_reply_flush(struct nbd_connection *c)
         if (sent == (int64_t)bytes)
             continue;
         c->tx_sending = true;
-        if (co_scope_start(&c->requests, send_rest, c) < 0) {
+        if (co_scope_start(&c->sending, send_rest, c) < 0) {
             c->tx_sending = false;
             give_up(c);
         }

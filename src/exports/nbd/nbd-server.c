@@ -130,6 +130,7 @@ static void connection_start(struct loop_message *m)
 
     co_scope_init(&c->scope);
     co_scope_init(&c->requests);
+    co_scope_init(&c->sending);
     c->scope.on_empty = scope_empty;
     if (co_scope_start(&c->scope, connection_run, c) < 0) {
         c->socket = socket_free(c->socket);

@@ -203,7 +203,7 @@ void nbd_co_transmission(struct nbd_connection *c)
     }
     co_scope_join(&c->requests);
     nbd_reply_flush(c);
-    co_scope_join(&c->requests); /* the flush may have had to wait for the client */
+    co_scope_join(&c->sending); /* what the client has not read yet; nothing is added any more */
     loop_hook_cancel(&c->tx_hook);
     c->rx = iobuf_unref(c->rx);
     while (c->free_requests) {

@@ -86,7 +86,9 @@ struct nbd_connection {
     /* All below: only on its loop. */
     struct socket *socket;
     struct co_scope scope;    /* the connection's own coroutine */
-    struct co_scope requests; /* and those of its requests */
+    struct co_scope requests; /* those of its requests */
+    struct co_scope
+        sending; /* and one that waits for the socket: it may start when all requests have ended */
     uint64_t handshake_deadline_ns;
 
     /* Negotiated. */
