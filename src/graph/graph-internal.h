@@ -40,6 +40,13 @@ void co_fn control_fn node_co_unref(struct node *node);
 /* Gives up what the host still holds, naming it in the log. True if there is anything. */
 bool co_fn control_fn graph_abandon_orphans(struct graph *g);
 
+/* Requests go down by calls: how many nodes may lie on top of each other (Q3). */
+#define GRAPH_DEPTH_MAX 64
+
+/* The most nodes on a path down from this one, or up from it, itself included. */
+unsigned node_depth_below(const struct node *node);
+unsigned node_depth_above(const struct node *node);
+
 /* What a node must ask of a child so that its own users get what they want. */
 struct access access_below(const struct node *parent);
 

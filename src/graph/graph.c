@@ -243,6 +243,9 @@ static int co_fn control_fn node_co_open(struct graph *g, const struct node_opti
         r = error_set(err, EINVAL, "node '%s': force-share needs read-only", node->name);
     if (r == 0)
         r = open_children(node, options, err);
+    if (r == 0 && node_depth_below(node) > GRAPH_DEPTH_MAX)
+        r = error_set(err, EINVAL, "node '%s' would be on top of more than %d others", node->name,
+                      GRAPH_DEPTH_MAX - 1);
     if (r == 0) {
         r = node->driver->co_open(node, options, err);
         node->opened = r == 0;

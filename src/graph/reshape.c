@@ -54,6 +54,9 @@ static int co_fn control_fn replace_co_prepare(struct change_action *a, struct e
                          "node '%s' has %" PRIu64 " bytes, node '%s' has %" PRIu64
                          ": sizes must be equal",
                          rp->to->name, rp->to->size, rp->from->name, rp->from->size);
+    if (node_depth_above(rp->from) - 1 + node_depth_below(rp->to) > GRAPH_DEPTH_MAX)
+        return error_set(err, EINVAL, "there would be more than %d nodes on top of each other",
+                         GRAPH_DEPTH_MAX);
     rp->walk = try_new(struct access_walk);
     if (!rp->walk)
         return error_set(err, ENOMEM, "no memory");

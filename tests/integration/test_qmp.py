@@ -176,6 +176,27 @@ def test_refuses_nodes(daemon, arguments, part):
     assert [n["node-name"] for n in q.command("query-named-block-nodes")] == ["taken"]
 
 
+def nested(depth):
+    node = {"driver": "null-co"}
+    for _ in range(depth):
+        node = {"driver": "raw", "file": node}
+    return dict(node, **{"node-name": "top"})
+
+
+def test_bounds_the_depth_of_the_graph(daemon):
+    """Requests go down by calls: what lies on top of each other is bounded, however it is said."""
+    q = daemon.qmp()
+    q.send({"execute": "blockdev-add", "arguments": nested(300)})
+    assert "nested more than 64 deep" in q.answer()["error"]["desc"]
+    q.command("blockdev-add", driver="null-co", **{"node-name": "n0"})
+    for i in range(1, 64):
+        name = "top" if i == 63 else f"n{i}"
+        q.command("blockdev-add", driver="raw", file=f"n{i - 1}", **{"node-name": name})
+    q.send({"execute": "blockdev-add", "arguments": {"driver": "raw", "node-name": "over", "file": "top"}})
+    assert "on top of more than 63 others" in q.answer()["error"]["desc"]
+    assert len(q.command("query-named-block-nodes")) == 64
+
+
 def test_resizes(daemon):
     q = daemon.qmp()
     path = raw_file(daemon)

@@ -8,6 +8,7 @@
 #include "seeds.h"
 
 #include <errno.h>
+#include <stdio.h>
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 static const struct driver *const *const only_protocols[] = {protocol_drivers, NULL};
@@ -77,6 +78,26 @@ static void test_graph__refuses_what_is_wrong_and_keeps_nothing_of_it(void **sta
 {
     (void)state;
     under_sim(add_wrong_things);
+}
+
+/* Q3: requests go down by calls, so that what lies on top of each other is bounded. */
+static void stack_up(void *arg)
+{
+    struct graph *g = graph_new(drivers);
+
+    (void)arg;
+    must_add(g, "{'driver':'null-co','node-name':'n0'}");
+    for (unsigned i = 1; i < 64; i++)
+        must_add(g, "{'driver':'raw','node-name':'n%u','file':'n%u'}", i, i - 1);
+    must_refuse(EINVAL, "on top of more than 63 others", g,
+                "{'driver':'raw','node-name':'n64','file':'n63'}");
+    graph_co_free(g);
+}
+
+static void test_graph__depth_is_bounded(void **state)
+{
+    (void)state;
+    on_both(stack_up, NULL);
 }
 
 static void inline_children(void *arg)
