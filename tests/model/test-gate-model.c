@@ -17,7 +17,6 @@
  *      host                         a file on the simulated disk
  */
 #include "base/checked.h"
-#include "formats/list.h"
 #include "graph-fixture.h"
 #include "graph/change.h"
 #include "loop/sim/sim.h"

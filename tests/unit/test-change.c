@@ -8,7 +8,6 @@
  *        |          |
  *       a          b         files
  */
-#include "formats/list.h"
 #include "graph-fixture.h"
 #include "graph/change.h"
 #include "loop/sim/sim.h"
@@ -171,17 +170,23 @@ struct watch {
     const char *root;
     const char *name;
     uint64_t persist_ns;
-    struct sent *must_be_done;     /* before it persists */
+    const char *must_be_empty;     /* a filter, when it persists */
     struct sent *must_not_be_done; /* before it has committed */
     int result;
     char *text;
     bool persisted;
     bool committed;
     bool done;
+    uint64_t committed_ns;
     uint64_t ended_ns;
     unsigned turn;
     unsigned *turns;
 };
+
+static bool is_empty(struct world *w, const char *filter)
+{
+    return atomic_get(&test_filter_of(graph_find(w->graph, filter))->inside) == 0;
+}
 
 static int watch_co_persist(struct change_action *a, struct error **err)
 {
@@ -189,7 +194,7 @@ static int watch_co_persist(struct change_action *a, struct error **err)
 
     (void)err;
     watch->persisted = true;
-    check(!watch->must_be_done || atomic_get(&watch->must_be_done->done));
+    check(!watch->must_be_empty || is_empty(watch->world, watch->must_be_empty));
     if (watch->persist_ns && co_sleep_until(loop_clock() + watch->persist_ns) < 0)
         return error_set(err, ETIMEDOUT, "no more time to write");
     check(!watch->must_not_be_done || !atomic_get(&watch->must_not_be_done->done));
@@ -201,6 +206,7 @@ static void watch_commit(struct change_action *a)
     struct watch *watch = container_of(a, struct watch, action);
 
     watch->committed = true;
+    watch->committed_ns = loop_clock();
     if (watch->turns)
         watch->turn = ++*watch->turns;
 }
@@ -286,14 +292,14 @@ static void own_backend(struct world *w)
     struct sent before = {.there = true};
     struct sent during = {.there = true};
     struct sent root = {.there = true};
-    struct watch watch = {.must_be_done = &before, .persist_ns = 5 * NS_PER_MS};
+    struct watch watch = {.must_be_empty = "top", .persist_ns = 5 * NS_PER_MS};
 
     sim_fault_add(&slow);
     send_as(w, &before, c, REQUEST_WRITE, 0, 'x');
     pause_for(10 * NS_PER_MS); /* it is at a */
     watch.must_not_be_done = &during;
     start_watch(w, &watch, "b"); /* closes the copier's own gate, and the client's */
-    pause_for(NS_PER_MS);
+    pause_for(10 * NS_PER_MS);
     send_as(w, &during, c, REQUEST_WRITE, BLOCK, 'y');
     send_as(w, &root, own, REQUEST_WRITE, 2 * BLOCK,
             'z'); /* a root request of its own waits, too */
@@ -302,7 +308,7 @@ static void own_backend(struct world *w)
     wait_done(&during);
     wait_done(&root);
     check(before.result == 0 && during.result == 0 && root.result == 0);
-    check(root.ended_ns >= watch.ended_ns - NS_PER_MS);
+    check(root.ended_ns >= watch.committed_ns);
     check(content(w, PATH_B, 0) == 'x' && content(w, PATH_B, BLOCK) == 'y');
     sim_fault_remove(&slow);
     backend_co_free(c);
