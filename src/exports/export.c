@@ -21,6 +21,7 @@ struct exports {
     exports_deleted_fn *deleted;
     void *deleted_arg;
     struct list exports;    /* struct export, oldest first */
+    uint64_t serial;        /* of the youngest */
     struct co_scope scope;  /* removals under way */
     struct nbd_server *nbd; /* or NULL */
     bool nbd_starting;
@@ -111,6 +112,7 @@ int exports_co_add(struct exports *all, const struct export_options *o, struct e
     const char *name = o->u.nbd.name ? o->u.nbd.name : o->node_name;
     AUTO(free_ptr) char *owner = xasprintf("export '%s'", o->id);
     struct access access = {.wants = ACCESS_READ, .tolerates = ACCESS_ALL & ~ACCESS_RESIZE};
+    struct backend *backend;
     struct export *e;
     int r = check_new(all, o, name, err);
 
@@ -126,19 +128,27 @@ int exports_co_add(struct exports *all, const struct export_options *o, struct e
     e->nbd.description = o->u.nbd.description ? xstrdup(o->u.nbd.description) : NULL;
     e->nbd.writable = o->writable;
     e->nbd.writethrough = o->writethrough;
+    e->nbd.serial = ++all->serial;
     e->nbd.closing = true; /* until the backend stands; the names are taken meanwhile */
     list_append(&all->exports, &e->link);
     list_append(&all->nbd->exports, &e->nbd.link);
     e->shutting_down = true;
     /* Yields: the server is still there afterwards, since it does not stop before this has ended. */
-    r = backend_co_new(&e->backend, all->graph, o->node_name, access, owner, err);
+    r = backend_co_new(&backend, all->graph, o->node_name, access, owner, err);
+    if (r == 0) {
+        e->nbd.backend = backend;
+        r = nbd_export_co_attach_bitmaps(&e->nbd, all->graph, o->u.nbd.bitmaps.items,
+                                         o->u.nbd.bitmaps.count, owner, err);
+        if (r < 0)
+            backend_co_free(backend);
+    }
     if (--all->adding == 0 && all->adding_wait)
         co_wait_end(all->adding_wait, 0);
     if (r < 0) {
         export_free(e);
         return error_wrap(err, r, "%s", owner);
     }
-    e->nbd.backend = e->backend;
+    e->backend = backend;
     e->nbd.size = backend_size(e->backend);
     e->nbd.alignment = backend_alignment(e->backend);
     e->nbd.closing = false;
@@ -181,6 +191,7 @@ static void co_fn control_fn export_co_remove(struct export *e)
         nbd_export_abandon(all->nbd, &e->nbd);
     }
     co_shield_end();
+    nbd_export_co_release_bitmaps(&e->nbd);
     e->backend = backend_co_free(e->backend);
     export_free(e);
     all->deleted(id, all->deleted_arg);

@@ -9,9 +9,8 @@
 #include <errno.h>
 #include <string.h>
 
-/* The most extents in one answer to a block status request, and the step in which a range is read for NBD_CMD_CACHE. */
-#define MAX_EXTENTS ((unsigned)4096)
-#define CACHE_STEP  ((uint32_t)1 << 20)
+/* The step in which a range is read for NBD_CMD_CACHE. */
+#define CACHE_STEP ((uint32_t)1 << 20)
 
 /* What each command may carry as flags. */
 static unsigned allowed_flags(uint16_t type)
@@ -58,7 +57,7 @@ static int check(const struct nbd_request *req)
         return -EOVERFLOW;
     if (req->type == NBD_CMD_CACHE && req->len > NBD_MAX_PAYLOAD)
         return -EINVAL; /* it is read to the end, also for a client that has gone */
-    if (req->type == NBD_CMD_BLOCK_STATUS && (!c->context_allocation || !req->len))
+    if (req->type == NBD_CMD_BLOCK_STATUS && (!c->contexts || !req->len))
         return -EINVAL;
     return 0;
 }
@@ -72,7 +71,7 @@ uint32_t nbd_request_cost(const struct nbd_request *req)
     case NBD_CMD_CACHE:
         return MIN(req->len, CACHE_STEP);
     case NBD_CMD_BLOCK_STATUS:
-        return MAX_EXTENTS * sizeof(struct extent);
+        return nbd_block_status_cost(req);
     default:
         return 0;
     }
@@ -200,63 +199,6 @@ static int co_fn command_cache(struct nbd_request *req)
     return result;
 }
 
-static uint32_t allocation_state(const struct extent *e)
-{
-    return (e->flags & EXTENT_DATA ? 0 : NBD_STATE_HOLE) |
-           (e->flags & EXTENT_ZERO ? NBD_STATE_ZERO : 0);
-}
-
-/* Descriptors in place of the extents that they describe; those that differ only in where they lie become one. */
-static size_t describe(const struct extents *extents, uint8_t *out)
-{
-    size_t n = 0;
-
-    for (unsigned i = 0; i < extents->count; i++) {
-        const struct extent e = extents->v[i];
-        uint32_t state = allocation_state(&e);
-
-        if (n && load_be32(out + (n - 1) * 8 + 4) == state) {
-            store_be32(out + (n - 1) * 8, load_be32(out + (n - 1) * 8) + (uint32_t)e.len);
-            continue;
-        }
-        store_be32(out + n * 8, (uint32_t)e.len);
-        store_be32(out + n * 8 + 4, state);
-        n++;
-    }
-    return n;
-}
-
-static int co_fn command_block_status(struct nbd_request *req)
-{
-    unsigned max = req->flags & NBD_CMD_FLAG_REQ_ONE ? 2 : MAX_EXTENTS;
-    struct extents extents = {.max = max};
-    struct request r = {
-        .kind = REQUEST_EXTENTS,
-        .offset = req->offset,
-        .len = req->len,
-        .extents = &extents,
-    };
-    int result;
-    size_t n;
-
-    req->buf = iobuf_new(max * sizeof(struct extent));
-    if (!req->buf)
-        return -ENOMEM;
-    extents.v = (struct extent *)(void *)req->buf->data;
-    result = backend_co_request(req->connection->backend, &r);
-    if (result < 0)
-        return result;
-    if (!extents.count)
-        return -EIO;
-    n = describe(&extents,
-                 req->buf->data); /* a descriptor is smaller than an extent: it never overtakes */
-    if (req->flags & NBD_CMD_FLAG_REQ_ONE)
-        n = 1;
-    req->payload = req->buf->data;
-    req->payload_len = n * 8;
-    return 0;
-}
-
 static int co_fn command_run(struct nbd_request *req)
 {
     switch ((enum nbd_command)req->type) {
@@ -273,7 +215,7 @@ static int co_fn command_run(struct nbd_request *req)
     case NBD_CMD_WRITE_ZEROES:
         return command_write_zeroes(req);
     case NBD_CMD_BLOCK_STATUS:
-        return command_block_status(req);
+        return nbd_co_block_status(req);
     case NBD_CMD_DISC:
         break;
     }

@@ -17,8 +17,6 @@
 /* The longest option that has a meaning: two strings and a few numbers. */
 #define OPTION_MAX (2 * NBD_MAX_STRING + 64)
 
-#define ALLOCATION_CONTEXT "base:allocation"
-
 struct option {
     uint32_t type;
     uint32_t len;
@@ -208,12 +206,55 @@ static int co_fn option_info(struct nbd_connection *c, const struct option *o, b
     return r;
 }
 
-/* Does a query of a client ask for base:allocation? An empty leaf lists the namespace. */
-static bool asks_for_allocation(const char *query, size_t len, bool listing)
+/* The queries of an option, each with its length before it: true if all of them fit. */
+static bool queries_fit(const struct option *o, uint32_t at, uint32_t count)
 {
-    if (len == strlen(ALLOCATION_CONTEXT) && memcmp(query, ALLOCATION_CONTEXT, len) == 0)
-        return true;
-    return listing && len == strlen("base:") && memcmp(query, "base:", len) == 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t len = o->len - at >= 4 ? load_be32(o->data + at) : 0;
+
+        if (o->len - at < 4 || len > o->len - at - 4 || len > NBD_MAX_STRING)
+            return false;
+        at += 4 + len;
+    }
+    return at == o->len;
+}
+
+/* The contexts that the queries ask for: a bit for each. Without any query, a listing has them all. */
+static uint64_t contexts_wanted(const struct nbd_export *export, const struct option *o,
+                                uint32_t at, uint32_t count, bool listing)
+{
+    uint64_t wanted = 0;
+
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t len = load_be32(o->data + at);
+        const char *query = (const char *)o->data + at + 4;
+
+        for (unsigned id = 0; id < nbd_context_count(export); id++) {
+            if (nbd_context_matches(export, id, query, len, listing))
+                wanted |= (uint64_t)1 << id;
+        }
+        at += 4 + len;
+    }
+    if (listing && !count)
+        wanted = UINT64_MAX >> (64 - nbd_context_count(export));
+    return wanted;
+}
+
+static int co_fn send_contexts(struct nbd_connection *c, uint32_t option, uint64_t wanted)
+{
+    uint8_t reply[4 + NBD_MAX_STRING];
+    int r = 0;
+
+    for (unsigned id = 0; r == 0 && id < nbd_context_count(c->export); id++) {
+        const char *name = nbd_context_name(c->export, id);
+
+        if (!(wanted & (uint64_t)1 << id))
+            continue;
+        store_be32(reply, id);
+        memcpy(reply + 4, name, strlen(name));
+        r = send_reply(c, option, NBD_REP_META_CONTEXT, reply, 4 + strlen(name));
+    }
+    return r;
 }
 
 /* export name, number of queries, queries; each string with its length before it. */
@@ -221,9 +262,7 @@ static int co_fn option_meta_context(struct nbd_connection *c, const struct opti
 {
     bool listing = o->type == NBD_OPT_LIST_META_CONTEXT;
     uint32_t name_len = o->len >= 8 ? load_be32(o->data) : 0;
-    uint8_t reply[4 + sizeof(ALLOCATION_CONTEXT) - 1];
-    bool wanted;
-    uint32_t at;
+    uint64_t wanted;
     uint32_t count;
     int r;
 
@@ -232,35 +271,22 @@ static int co_fn option_meta_context(struct nbd_connection *c, const struct opti
                           "contexts need structured replies first");
     if (o->len < 8 || name_len > o->len - 8 || name_len > NBD_MAX_STRING)
         return send_error(c, o->type, NBD_REP_ERR_INVALID, "the name does not fit the option");
-    at = 4 + name_len;
-    count = load_be32(o->data + at);
-    at += 4;
-    wanted = listing && count == 0;
-    for (uint32_t i = 0; i < count; i++) {
-        uint32_t len = o->len - at >= 4 ? load_be32(o->data + at) : 0;
-
-        if (o->len - at < 4 || len > o->len - at - 4 || len > NBD_MAX_STRING)
-            return send_error(c, o->type, NBD_REP_ERR_INVALID, "a query does not fit the option");
-        wanted |= asks_for_allocation((const char *)o->data + at + 4, len, listing);
-        at += 4 + len;
-    }
-    if (at != o->len)
-        return send_error(c, o->type, NBD_REP_ERR_INVALID, "there is data after the queries");
+    count = load_be32(o->data + 4 + name_len);
+    if (!queries_fit(o, 8 + name_len, count))
+        return send_error(c, o->type, NBD_REP_ERR_INVALID, "the queries do not fit the option");
     r = nbd_connection_co_bind(c, (const char *)o->data + 4, name_len);
     if (r == -ENOENT)
         return send_error(c, o->type, NBD_REP_ERR_UNKNOWN, "there is no export of this name");
     if (r < 0)
         return r;
+    wanted = contexts_wanted(c->export, o, 8 + name_len, count, listing);
     if (!listing) {
-        c->context_allocation = wanted;
-        c->context_export = c->export;
+        c->contexts = wanted;
+        c->contexts_serial = c->export->serial;
     }
-    r = nbd_connection_co_unbind(c);
-    if (r == 0 && wanted) {
-        store_be32(reply, CONTEXT_ALLOCATION);
-        memcpy(reply + 4, ALLOCATION_CONTEXT, sizeof(reply) - 4);
-        r = send_reply(c, o->type, NBD_REP_META_CONTEXT, reply, sizeof(reply));
-    }
+    r = send_contexts(c, o->type, wanted);
+    if (r == 0)
+        r = nbd_connection_co_unbind(c);
     return r < 0 ? r : send_reply(c, o->type, NBD_REP_ACK, NULL, 0);
 }
 
@@ -279,7 +305,7 @@ static int co_fn run_option(struct nbd_connection *c, const struct option *o)
     int r;
 
     if (o->type == NBD_OPT_SET_META_CONTEXT)
-        c->context_allocation = false; /* what was set before is replaced, even by a failure */
+        c->contexts = 0; /* what was set before is replaced, even by a failure */
     switch (o->type) {
     case NBD_OPT_EXPORT_NAME:
         r = option_export_name(c, o);
@@ -311,7 +337,7 @@ static int co_fn skip_option(struct nbd_connection *c, struct option *o)
     uint32_t left = o->len;
 
     if (o->type == NBD_OPT_SET_META_CONTEXT)
-        c->context_allocation = false; /* as in run_option() */
+        c->contexts = 0; /* as in run_option() */
     if (o->len > NBD_MAX_PAYLOAD || o->type == NBD_OPT_EXPORT_NAME)
         return -EMSGSIZE;
     while (left) {
@@ -375,7 +401,7 @@ int nbd_co_handshake(struct nbd_connection *c)
     while (r == 0)
         r = next_option(c, (struct option *)(void *)b->data);
     iobuf_unref(b);
-    if (c->context_export != c->export)
-        c->context_allocation = false; /* contexts count for the export that they were set for */
+    if (c->export && c->contexts_serial != c->export->serial)
+        c->contexts = 0; /* contexts count for the export that they were set for */
     return MIN(r, 0);
 }

@@ -50,17 +50,22 @@ static void simple_head(struct nbd_request *req, enum nbd_error error)
     req->head_len = 16;
 }
 
+void nbd_chunk_head(uint8_t *out, unsigned flags, unsigned type, uint64_t cookie, size_t len)
+{
+    store_be32(out, NBD_STRUCTURED_REPLY_MAGIC);
+    store_be16(out + 4, (uint16_t)flags);
+    store_be16(out + 6, (uint16_t)type);
+    store_be64(out + 8, cookie);
+    store_be32(out + 16, (uint32_t)len);
+}
+
 static void chunk_head(struct nbd_request *req, unsigned type, size_t len)
 {
-    store_be32(req->head, NBD_STRUCTURED_REPLY_MAGIC);
-    store_be16(req->head + 4, NBD_REPLY_FLAG_DONE);
-    store_be16(req->head + 6, (uint16_t)type);
-    store_be64(req->head + 8, req->cookie);
-    store_be32(req->head + 16, (uint32_t)len);
+    nbd_chunk_head(req->head, NBD_REPLY_FLAG_DONE, type, req->cookie, len);
     req->head_len = 20;
 }
 
-/* A reply is always one chunk: with DF it must be, without it may. */
+/* A reply is one chunk, but for block status, whose payload has all its chunks: with DF a read's must be, without it may. */
 static void structured_head(struct nbd_request *req, enum nbd_error error)
 {
     if (error) {
@@ -73,9 +78,7 @@ static void structured_head(struct nbd_request *req, enum nbd_error error)
         store_be64(req->head + 20, req->offset);
         req->head_len = 28;
     } else if (req->type == NBD_CMD_BLOCK_STATUS) {
-        chunk_head(req, NBD_REPLY_TYPE_BLOCK_STATUS, 4 + req->payload_len);
-        store_be32(req->head + 20, CONTEXT_ALLOCATION);
-        req->head_len = 24;
+        req->head_len = 0;
     } else {
         chunk_head(req, NBD_REPLY_TYPE_NONE, 0);
     }

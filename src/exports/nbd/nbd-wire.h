@@ -89,6 +89,9 @@ enum nbd_command {
 #define NBD_STATE_HOLE 1u
 #define NBD_STATE_ZERO 2u
 
+/* Of qemu:dirty-bitmap: contexts. */
+#define NBD_STATE_DIRTY 1u
+
 enum nbd_error {
     NBD_OK = 0,
     NBD_EPERM = 1,

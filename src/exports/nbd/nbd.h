@@ -17,6 +17,7 @@
 #include "base/context.h"
 #include "base/error.h"
 #include "base/list.h"
+#include "bitmaps/dirty-bitmap.h"
 #include "graph/backend.h"
 #include "loop/iobuf.h"
 #include "loop/loop.h"
@@ -31,8 +32,24 @@
 #define NBD_MAX_REQUESTS 256
 #define NBD_MAX_BYTES    ((size_t)64 << 20)
 
+/* The most bitmaps of one export: with base:allocation, its contexts fit in a word. */
+#define NBD_MAX_BITMAPS 63
+
 /* How long a client may take to negotiate. */
 #define NBD_HANDSHAKE_NS (10 * NS_PER_S)
+
+/* Identifiers of contexts in block status replies: base:allocation; the i-th bitmap has 1 + i. */
+#define NBD_CONTEXT_ALLOCATION 0
+
+struct block_dirty_bitmap_or_str; /* generated */
+
+/* A bitmap that clients can read. */
+struct nbd_bitmap {
+    char *context;
+    struct dirty_bitmap *held;
+    const struct bitmap *bits;
+    struct backend *backend; /* keeps the node that has it */
+};
 
 /* Control thread. Constant while connections are bound, but for the counts. */
 struct nbd_export {
@@ -44,6 +61,9 @@ struct nbd_export {
     unsigned alignment; /* as it was then; only a hint */
     bool writable;
     bool writethrough;
+    uint64_t serial; /* no other export of the process has it, ever */
+    struct nbd_bitmap *bitmaps;
+    unsigned bitmap_count;
     bool closing; /* takes no new clients */
     unsigned clients;
     struct co_wait *empty_wait;
@@ -96,8 +116,8 @@ struct nbd_connection {
     struct backend *backend;
     bool no_zeroes;
     bool structured;
-    bool context_allocation;           /* base:allocation, under CONTEXT_ALLOCATION */
-    struct nbd_export *context_export; /* the export that contexts were set for */
+    uint64_t contexts;        /* a bit for each identifier that was chosen */
+    uint64_t contexts_serial; /* of the export that they were chosen for */
 
     /* Receiving. */
     struct iobuf *rx;
@@ -139,9 +159,6 @@ struct nbd_request {
     size_t payload_len;
 };
 
-/* Identifier of base:allocation in block status replies. */
-#define CONTEXT_ALLOCATION 0
-
 /* nbd-server.c */
 int co_fn control_fn nbd_server_co_start(struct nbd_server **ret,
                                          const struct socket_address *address,
@@ -173,7 +190,27 @@ uint32_t nbd_request_cost(const struct nbd_request *req);
 /* Carries one request out and queues its reply. */
 void co_fn nbd_request_run(void *request);
 
+/* nbd-context.c */
+/* Holds the bitmaps of the options; the export's backend stands. All or none. */
+int co_fn control_fn nbd_export_co_attach_bitmaps(struct nbd_export *export, struct graph *graph,
+                                                  const struct block_dirty_bitmap_or_str *options,
+                                                  size_t count, const char *owner,
+                                                  struct error **err);
+/* No connection is bound any more. */
+void co_fn control_fn nbd_export_co_release_bitmaps(struct nbd_export *export);
+unsigned nbd_context_count(const struct nbd_export *export);
+const char *nbd_context_name(const struct nbd_export *export, unsigned id);
+/* Does a client's query ask for this context? `listing`: a query may name a whole namespace. */
+bool nbd_context_matches(const struct nbd_export *export, unsigned id, const char *query,
+                         size_t len, bool listing);
+/* Makes the chunks of the reply, one for each context, as its payload. */
+int co_fn nbd_co_block_status(struct nbd_request *req);
+/* The memory that this takes at the most. */
+uint32_t nbd_block_status_cost(const struct nbd_request *req);
+
 /* nbd-reply.c */
+/* 20 bytes. */
+void nbd_chunk_head(uint8_t *out, unsigned flags, unsigned type, uint64_t cookie, size_t len);
 void nbd_reply_init(struct nbd_connection *c);
 /* Queues the answer; errnum as of the data path: 0 or negative. */
 void nbd_reply_send(struct nbd_request *req, int result);
