@@ -114,8 +114,8 @@ struct job {
 /* Takes a step that must be possible, and tells clients. */
 void job_take_step(struct job *job, enum job_step step);
 void job_send_event(const struct job *job, enum job_event_kind kind);
-/* Brings its status in line with what it does on its loop. */
-void job_settle(struct job *job);
+/* It rests no more; if it has become ready meanwhile, that is told now. */
+void job_go_on(struct job *job);
 /* Cancelled by force: its work ends soon, or has ended. */
 void job_cancel_work(struct job *job);
 /* It is gone, after its last step; frees it. */

@@ -4,7 +4,7 @@
  * for it.
  *
  * What the control thread wants (pause, end, completion) is in the job, under its lock; it wakes who rests or sleeps. What happens
- * on the loop is in the job too, and one message says that there is something to look at: job_settle() looks, and takes the
+ * on the loop is in the job too, and one message says that there is something to look at: settle() looks, and takes the
  * steps that bring the status in line. So a pause that is taken back before it took place leaves no trace.
  */
 #include "base/alloc.h"
@@ -62,24 +62,38 @@ static void send_errors(struct job *job)
     }
 }
 
-void job_settle(struct job *job)
+static void sync_if_ready(struct job *job)
 {
-    bool rests;
     bool is_ready;
 
-    if (!job->working)
-        return;
     tiny_lock_acquire(&job->lock);
-    rests = rests_locked(job);
     is_ready = job->is_ready;
     tiny_lock_release(&job->lock);
-    if (!rests && (job->status == JOB_STATUS_PAUSED || job->status == JOB_STATUS_STANDBY))
+    if (!is_ready || job->status != JOB_STATUS_RUNNING)
+        return;
+    job_take_step(job, JOB_STEP_SYNC);
+    if (!job->ops->plain)
+        job_send_event(job, JOB_EVENT_READY);
+}
+
+void job_go_on(struct job *job)
+{
+    if (job->status == JOB_STATUS_PAUSED || job->status == JOB_STATUS_STANDBY)
         job_take_step(job, JOB_STEP_GO_ON);
-    if (is_ready && job->status == JOB_STATUS_RUNNING) {
-        job_take_step(job, JOB_STEP_SYNC);
-        if (!job->ops->plain)
-            job_send_event(job, JOB_EVENT_READY);
-    }
+    sync_if_ready(job);
+}
+
+/* Brings its status in line with what it does on its loop. */
+static void settle(struct job *job)
+{
+    bool rests;
+
+    tiny_lock_acquire(&job->lock);
+    rests = rests_locked(job);
+    tiny_lock_release(&job->lock);
+    if (!rests)
+        job_go_on(job);
+    sync_if_ready(job);
     if (rests && (job->status == JOB_STATUS_RUNNING || job->status == JOB_STATUS_READY))
         job_take_step(job, JOB_STEP_REST);
 }
@@ -90,7 +104,8 @@ static void news_arrived(struct loop_message *m)
 
     atomic_set(&job->news, 0u); /* what changes from here on is told anew */
     send_errors(job);
-    job_settle(job);
+    if (job->working)
+        settle(job);
 }
 
 static void co_fn run_on_loop(void *arg)
@@ -118,9 +133,7 @@ static void co_fn control_fn job_co_work(struct job *job)
         job->run_result = r;
     co_scope_join(&job->run);
     job->working = false;
-    /* Its workers are gone, and whether they rest has no meaning any more. */
-    if (job->status == JOB_STATUS_PAUSED || job->status == JOB_STATUS_STANDBY)
-        job_take_step(job, JOB_STEP_GO_ON);
+    job_go_on(job); /* its workers are gone, and whether they rest has no meaning any more */
     if (job->run_result < 0)
         job_fail(job, job->run_result, &job->run_error);
     error_free(&job->run_error);

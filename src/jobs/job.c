@@ -262,7 +262,7 @@ void job_cancel_work(struct job *job)
         job_take_step(job, JOB_STEP_FAIL);
         return;
     }
-    job_settle(job);
+    job_go_on(job);
     co_scope_cancel(&job->run);
 }
 
@@ -309,7 +309,7 @@ int job_resume(struct job *job, struct error **err)
     job->resumes++;
     wake_locked(job);
     tiny_lock_release(&job->lock);
-    job_settle(job);
+    job_go_on(job); /* even if it rests again already: that is another pause, and is told */
     return 0;
 }
 
