@@ -192,21 +192,45 @@ int access_co_prepare(struct access_walk *walk, struct error **err)
 
 static void co_fn control_fn tell_late_main(void *arg);
 
+static void co_fn control_fn tell_current_main(void *arg)
+{
+    struct node *node = arg;
+    AUTO(error_free) struct error *ignored = NULL;
+
+    (void)tell(node, node->access, &ignored); /* less than it holds: nobody is against it */
+}
+
+/* Whoever cancels it; but a host that hangs holds up nobody for long. */
+static void co_fn control_fn tell_current(struct node *node)
+{
+    struct co_scope scope;
+
+    co_shield_begin();
+    co_scope_init(&scope);
+    co_scope_set_deadline(&scope, loop_clock() + node->graph->change_deadline_ns / 4);
+    (void)co_scope_start(&scope, tell_current_main, node); /* if there is no memory: late */
+    co_scope_join(&scope);
+    co_shield_end();
+}
+
+static bool is_told(const struct node *node)
+{
+    return !node->driver->co_set_access || (node->told.wants == node->access.wants &&
+                                            node->told.tolerates == node->access.tolerates);
+}
+
 /*
  * Tells a driver what its users hold now, which is no more than it has been told. While writes of its node have not ended it
  * keeps what it holds: nobody else may come near what they will still change (G9).
  */
 static void co_fn control_fn settle(struct node *node)
 {
-    AUTO(error_free) struct error *ignored = NULL;
     struct graph *g = node->graph;
 
-    if (!node_unresolved(node)) {
-        co_shield_begin();
-        (void)tell(node, node->access, &ignored); /* less than it holds: nobody is against it */
-        co_shield_end();
+    if (!node_unresolved(node))
+        tell_current(node);
+    if (is_told(node))
         return;
-    }
     node->told_late = true;
     if (g->telling_late)
         return;
@@ -248,11 +272,12 @@ static void co_fn control_fn tell_late_main(void *arg)
     bool more = true;
 
     while (more && co_sleep_until(loop_clock() + LOOK_NS) == 0) {
-        struct node *node;
+        struct node *node = find_late(g, &more);
 
-        while ((node = find_late(g, &more))) {
+        if (node) {
             node->told_late = false;
             tell_late(g, node->name);
+            more = true;
         }
     }
     g->telling_late = false;

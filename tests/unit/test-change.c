@@ -719,6 +719,7 @@ static void parked(struct world *w)
     }
     check(loop_clock() - began < 5 * SOON);
     check(atomic_get(&f->restarts) == 5 && atomic_get(&f->tokens) == 0 && !s.done);
+    pause_for(3600ull * NS_PER_S);
     wait_done(&s);
     check(s.result == 0 && atomic_get(&f->tokens) == 1);
     check(f->first_park_deadline_ns == f->last_park_deadline_ns);
