@@ -47,6 +47,12 @@ static void assert_refused(const char *name, const char *text, const char *expec
 static void test_schema__has_the_commands_of_this_version(void **state)
 {
     static const char *const names[] = {
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-merge",
+        "block-dirty-bitmap-remove",
         "block-export-add",
         "block-export-del",
         "block-job-cancel",
@@ -79,6 +85,8 @@ static void test_schema__has_the_commands_of_this_version(void **state)
         "query-qmp-schema",
         "query-version",
         "quit",
+        "transaction",
+        "x-debug-block-dirty-bitmap-sha256",
     };
 
     (void)state;
@@ -186,8 +194,9 @@ static void test_schema__refuses_by_name_what_is_not_supported(void **state)
     assert_refused("nbd-server-start", "{'addr': {'type': 'unix', 'path': 'a'}}",
                    "arguments.addr.path: unknown member (type is 'unix')");
     assert_refused("block-export-add",
-                   "{'type': 'nbd', 'id': 'e', 'node-name': 'n', 'bitmaps': []}",
-                   "arguments.bitmaps: not accepted: bitmaps are not supported yet");
+                   "{'type': 'nbd', 'id': 'e', 'node-name': 'n', 'allocation-depth': true}",
+                   "arguments.allocation-depth: not accepted: the context qemu:allocation-depth is "
+                   "not supported yet");
     assert_refused("block_resize", "{'node-name': 'n', 'size': -1}",
                    "arguments.size: -1 is less than 0 (bytes)");
     assert_refused("block_resize", "{'node-name': 'n', 'size': 9223372036854775808}",
