@@ -59,8 +59,19 @@ static int abort_prepare(struct change_action *a, struct error **err)
 
 static const struct change_action_ops abort_ops = {.co_prepare = abort_prepare};
 
-int transaction_part_add(struct transaction_part *part, struct change *c,
-                         const struct transaction_action *action, struct error **err)
+static int co_fn control_fn add_backup(struct transaction_part *part, struct control *control,
+                                       struct change *c, struct job_txn *txn,
+                                       const struct blockdev_backup_options *data,
+                                       struct error **err)
+{
+    int r = backup_job_co_new(&part->backup, control->jobs, control->graph, data, txn, err);
+
+    return r < 0 ? r : backup_job_add_actions(part->backup, c, err);
+}
+
+int transaction_part_add(struct transaction_part *part, struct control *control, struct change *c,
+                         struct job_txn *txn, const struct transaction_action *action,
+                         struct error **err)
 {
     switch (action->type) {
     case TRANSACTION_ACTION_KIND_ABORT:
@@ -82,13 +93,19 @@ int transaction_part_add(struct transaction_part *part, struct change *c,
             c, &part->bitmap, ref_of(&action->u.block_dirty_bitmap_disable.data), false, err);
     case TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_MERGE:
         return merge_bitmaps(part, c, &action->u.block_dirty_bitmap_merge.data, err);
+    case TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP:
+        return add_backup(part, control, c, txn, &action->u.blockdev_backup.data, err);
     }
     return error_set(err, EINVAL, "unknown action");
 }
 
-void transaction_part_release(struct transaction_part *part)
+void transaction_part_end(struct transaction_part *part, bool done)
 {
     free(part->sources);
+    if (part->backup && done)
+        backup_job_start(part->backup);
+    else if (part->backup)
+        backup_job_co_discard(part->backup);
 }
 
 /* Only jobs can be grouped. */
@@ -103,28 +120,31 @@ static bool can_be_grouped(enum transaction_action_kind kind)
     case TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_DISABLE:
     case TRANSACTION_ACTION_KIND_BLOCK_DIRTY_BITMAP_MERGE:
         break;
+    case TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP:
+        return true;
     }
     return false;
 }
 
 static int co_fn control_fn run_actions(struct qmp_session *session,
                                         const struct transaction_action *actions, size_t count,
-                                        const char *what, struct error **err)
+                                        const char *what, struct job_txn *txn, struct error **err)
 {
+    struct control *control = control_of(session);
     struct transaction_part *parts = try_new_n(struct transaction_part, count);
     struct change change;
     int r = 0;
 
     if (!parts)
         return error_set(err, ENOMEM, "no memory for %zu actions", count);
-    change_init(&change, control_of(session)->graph, "%s", what);
+    change_init(&change, control->graph, "%s", what);
     for (size_t i = 0; r == 0 && i < count; i++)
-        r = transaction_part_add(&parts[i], &change, &actions[i], err);
+        r = transaction_part_add(&parts[i], control, &change, txn, &actions[i], err);
     if (r == 0)
         r = change_co_run(&change, err);
     change_end(&change);
     for (size_t i = 0; i < count; i++)
-        transaction_part_release(&parts[i]);
+        transaction_part_end(&parts[i], r == 0);
     free(parts);
     return r;
 }
@@ -132,6 +152,9 @@ static int co_fn control_fn run_actions(struct qmp_session *session,
 int qmp_transaction(struct qmp_session *session, const struct transaction_args *args,
                     struct error **err)
 {
+    struct job_txn *txn = NULL;
+    int r;
+
     if (args->properties && args->properties->completion_mode == ACTION_COMPLETION_MODE_GROUPED) {
         for (size_t i = 0; i < args->actions.count; i++) {
             if (!can_be_grouped(args->actions.items[i].type))
@@ -141,7 +164,22 @@ int qmp_transaction(struct qmp_session *session, const struct transaction_args *
                                  transaction_action_kind_name(args->actions.items[i].type));
         }
     }
-    return run_actions(session, args->actions.items, args->actions.count, "transaction", err);
+    if (args->properties && args->properties->completion_mode == ACTION_COMPLETION_MODE_GROUPED)
+        txn = job_txn_new();
+    r = run_actions(session, args->actions.items, args->actions.count, "transaction", txn, err);
+    (void)job_txn_unref(txn);
+    return r;
+}
+
+int qmp_blockdev_backup(struct qmp_session *session, const struct blockdev_backup_options *args,
+                        struct error **err)
+{
+    const struct transaction_action action = {
+        .type = TRANSACTION_ACTION_KIND_BLOCKDEV_BACKUP,
+        .u.blockdev_backup.data = *args,
+    };
+
+    return run_actions(session, &action, 1, "blockdev-backup", NULL, err);
 }
 
 int qmp_block_dirty_bitmap_add(struct qmp_session *session,
@@ -152,7 +190,7 @@ int qmp_block_dirty_bitmap_add(struct qmp_session *session,
         .u.block_dirty_bitmap_add.data = *args,
     };
 
-    return run_actions(session, &action, 1, "block-dirty-bitmap-add", err);
+    return run_actions(session, &action, 1, "block-dirty-bitmap-add", NULL, err);
 }
 
 int qmp_block_dirty_bitmap_remove(struct qmp_session *session,
@@ -163,7 +201,7 @@ int qmp_block_dirty_bitmap_remove(struct qmp_session *session,
         .u.block_dirty_bitmap_remove.data = *args,
     };
 
-    return run_actions(session, &action, 1, "block-dirty-bitmap-remove", err);
+    return run_actions(session, &action, 1, "block-dirty-bitmap-remove", NULL, err);
 }
 
 int qmp_block_dirty_bitmap_clear(struct qmp_session *session, const struct block_dirty_bitmap *args,
@@ -174,7 +212,7 @@ int qmp_block_dirty_bitmap_clear(struct qmp_session *session, const struct block
         .u.block_dirty_bitmap_clear.data = *args,
     };
 
-    return run_actions(session, &action, 1, "block-dirty-bitmap-clear", err);
+    return run_actions(session, &action, 1, "block-dirty-bitmap-clear", NULL, err);
 }
 
 int qmp_block_dirty_bitmap_enable(struct qmp_session *session,
@@ -185,7 +223,7 @@ int qmp_block_dirty_bitmap_enable(struct qmp_session *session,
         .u.block_dirty_bitmap_enable.data = *args,
     };
 
-    return run_actions(session, &action, 1, "block-dirty-bitmap-enable", err);
+    return run_actions(session, &action, 1, "block-dirty-bitmap-enable", NULL, err);
 }
 
 int qmp_block_dirty_bitmap_disable(struct qmp_session *session,
@@ -196,7 +234,7 @@ int qmp_block_dirty_bitmap_disable(struct qmp_session *session,
         .u.block_dirty_bitmap_disable.data = *args,
     };
 
-    return run_actions(session, &action, 1, "block-dirty-bitmap-disable", err);
+    return run_actions(session, &action, 1, "block-dirty-bitmap-disable", NULL, err);
 }
 
 int qmp_block_dirty_bitmap_merge(struct qmp_session *session,
@@ -207,5 +245,5 @@ int qmp_block_dirty_bitmap_merge(struct qmp_session *session,
         .u.block_dirty_bitmap_merge.data = *args,
     };
 
-    return run_actions(session, &action, 1, "block-dirty-bitmap-merge", err);
+    return run_actions(session, &action, 1, "block-dirty-bitmap-merge", NULL, err);
 }

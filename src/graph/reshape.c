@@ -16,11 +16,17 @@
 /* Replacing: the edges that move are marked in prepare, access is settled for what will be, and commit moves them. */
 
 /* The users that lie below the new node stay, or it would come to use itself; so do backends that it owns. */
-static void mark_users(struct replace_action *rp)
+/* -EBUSY if another action of the same change moves them already. */
+static int mark_users(struct replace_action *rp, struct error **err)
 {
     uint64_t walk = graph_walk_begin(rp->to->graph);
     struct edge *e;
 
+    list_for_each (&rp->from->parents, e, child_link) {
+        if (e->moving_to)
+            return error_set(err, EBUSY, "another action replaces node '%s' already",
+                             rp->from->name);
+    }
     graph_walk(rp->to, WALK_DOWN, walk);
     list_for_each (&rp->from->parents, e, child_link) {
         const struct node *user = e->parent ? e->parent : e->backend->owner_node;
@@ -30,6 +36,7 @@ static void mark_users(struct replace_action *rp)
         e->moving_to = rp->to;
         list_append(&rp->to->arriving, &e->arriving_link);
     }
+    return 0;
 }
 
 static void unmark_users(struct replace_action *rp)
@@ -60,9 +67,10 @@ static int co_fn control_fn replace_co_prepare(struct change_action *a, struct e
     rp->walk = try_new(struct access_walk);
     if (!rp->walk)
         return error_set(err, ENOMEM, "no memory");
-    mark_users(rp);
+    r = mark_users(rp, err);
     /* A filter that loses its users first stops guarding what is below it. */
-    r = access_walk_node(rp->walk, rp->from, err);
+    if (r == 0)
+        r = access_walk_node(rp->walk, rp->from, err);
     if (r == 0)
         r = access_walk_node(rp->walk, rp->to, err);
     return r == 0 ? access_co_prepare(rp->walk, err) : r;

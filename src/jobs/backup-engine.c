@@ -1,0 +1,398 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Backups: catching the point, copying it, and letting go. */
+#include "jobs/backup-engine.h"
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "base/macros.h"
+#include "filters/copy-before-write/copy-before-write.h"
+#include "graph/backend.h"
+#include "graph/reshape.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+struct backup {
+    /* Set by backup_co_new(), then constant. */
+    struct graph *graph;
+    char *source_name;
+    char *filter_name; /* or NULL */
+    enum backup_sync sync;
+    const struct bitmap *bitmap; /* within the change */
+    const struct copy_policy *policy;
+    void *policy_arg;
+    struct backend *source;
+    struct backend *target;
+    struct point *point;
+    struct bitmap *work;
+    struct bitmap *skipped; /* what errors that are ignored have left out */
+    uint64_t size;
+
+    /* Control thread. */
+    struct node *filter; /* a reference while it is there */
+    struct change_action insert;
+    struct replace_action replace;
+
+    struct copy copy;
+    uint64_t done;  /* atomic */
+    uint64_t total; /* atomic */
+};
+
+static int check_nodes(struct graph *g, const struct backup_options *o, uint64_t *ret_size,
+                       struct error **err)
+{
+    struct node *source;
+    struct node *target;
+    int r = graph_need(g, o->source, &source, err);
+
+    if (r == 0)
+        r = graph_need(g, o->target, &target, err);
+    if (r < 0)
+        return r;
+    if (source == target)
+        return error_set(err, EINVAL, "%s: source and target are one node, '%s'", o->owner,
+                         o->source);
+    if (node_size(source) != node_size(target))
+        return error_set(err, EINVAL,
+                         "%s: source '%s' has %" PRIu64 " bytes, target '%s' has %" PRIu64
+                         ": sizes must be equal",
+                         o->owner, o->source, node_size(source), o->target, node_size(target));
+    *ret_size = node_size(source);
+    return 0;
+}
+
+static int co_fn control_fn make_parts(struct backup *b, const struct backup_options *o,
+                                       struct error **err)
+{
+    struct point_options point = o->point;
+    struct access reads = {.wants = ACCESS_READ, .tolerates = ACCESS_ALL & ~ACCESS_RESIZE};
+    struct access writes = {.wants = ACCESS_WRITE, .tolerates = ACCESS_ALL & ~ACCESS_RESIZE};
+    int r;
+
+    point.size = b->size;
+    b->work = bitmap_new(b->size, BACKUP_CLUSTER);
+    b->skipped = bitmap_new(b->size, BACKUP_CLUSTER);
+    if (!b->work || !b->skipped)
+        return error_set(err, ENOMEM, "%s: no memory for its work", o->owner);
+    r = point_co_new(&b->point, &point, err);
+    if (r == 0)
+        r = backend_co_new(&b->source, b->graph, o->source, reads, o->owner, err);
+    if (r == 0)
+        r = backend_co_new(&b->target, b->graph, o->target, writes, o->owner, err);
+    return r;
+}
+
+static int backup_pull(void *arg, struct copy_piece *piece, struct iobuf *buf);
+static void backup_pushed(void *arg, const struct copy_piece *piece, bool skipped);
+static void backup_worker(void *arg, bool begins);
+static int backup_pause_point(void *arg);
+static enum copy_error_action backup_on_error(void *arg, int error, bool is_read);
+static bool backup_urgent(void *arg, uint64_t *ret_offset, uint64_t *ret_len);
+
+static const struct copy_policy engine_policy = {
+    .co_pull = backup_pull,
+    .pushed = backup_pushed,
+    .co_pause_point = backup_pause_point,
+    .worker = backup_worker,
+    .on_error = backup_on_error,
+    .urgent = backup_urgent,
+};
+
+int backup_co_new(struct backup **ret, struct graph *g, const struct backup_options *o,
+                  struct error **err)
+{
+    struct backup *b;
+    uint64_t size = 0;
+    int r = check_nodes(g, o, &size, err);
+
+    if (r < 0)
+        return r;
+    b = xnew(struct backup);
+    b->graph = g;
+    b->source_name = xstrdup(o->source);
+    b->filter_name = o->filter_name ? xstrdup(o->filter_name) : NULL;
+    b->sync = o->sync;
+    b->policy = o->policy;
+    b->policy_arg = o->policy_arg;
+    b->size = size;
+    r = make_parts(b, o, err);
+    if (r < 0) {
+        (void)backup_co_free(b);
+        return error_wrap(err, r, "%s", o->owner);
+    }
+    b->copy = (struct copy){
+        .work = b->work,
+        .source = b->source,
+        .target = b->target,
+        .policy = &engine_policy,
+        .arg = b,
+        .size = size,
+        .chunk = o->chunk,
+        .workers = o->workers,
+        .speed = o->speed,
+    };
+    *ret = b;
+    return 0;
+}
+
+struct backup *backup_co_free(struct backup *b)
+{
+    if (!b)
+        return NULL;
+    b->target = backend_co_free(b->target);
+    b->source = backend_co_free(b->source);
+    (void)point_co_free(b->point);
+    bitmap_free(b->work);
+    bitmap_free(b->skipped);
+    free(b->source_name);
+    free(b->filter_name);
+    free(b);
+    return NULL;
+}
+
+/* The filter, with nobody above it yet. */
+static int co_fn control_fn insert_co_prepare(struct change_action *a, struct error **err)
+{
+    struct backup *b = container_of(a, struct backup, insert);
+    struct copy_before_write_options options = {.point = b->point};
+    struct node *source;
+    int r = graph_need(b->graph, b->source_name, &source, err);
+
+    if (r == 0)
+        r = graph_co_add_filter(a->change, &copy_before_write_driver, &options, b->filter_name,
+                                source, &b->filter, err);
+    if (r < 0)
+        return r;
+    b->replace.from = source;
+    b->replace.to = b->filter;
+    return 0;
+}
+
+/* Behind the closed gates the point is what the disk holds now: nobody writes until they open. */
+static int co_fn control_fn insert_co_persist(struct change_action *a, struct error **err)
+{
+    struct backup *b = container_of(a, struct backup, insert);
+    int r = 0;
+
+    switch (b->sync) {
+    case BACKUP_FULL:
+    case BACKUP_TOP:
+        bitmap_set(b->work, 0, b->size);
+        break;
+    case BACKUP_BITMAP:
+        r = bitmap_merge(b->work, b->bitmap);
+        break;
+    }
+    if (r == 0)
+        r = bitmap_merge(point_uncaught(b->point), b->work);
+    atomic_set(&b->total, MIN(bitmap_count(b->work), b->size));
+    return r < 0 ? error_set(err, -r, "no memory for the blocks to copy") : 0;
+}
+
+static void co_fn control_fn insert_co_abort(struct change_action *a)
+{
+    struct backup *b = container_of(a, struct backup, insert);
+
+    if (b->filter)
+        graph_co_drop(b->filter);
+    b->filter = NULL;
+}
+
+static const struct change_action_ops insert_ops = {
+    .co_prepare = insert_co_prepare,
+    .co_persist = insert_co_persist,
+    .co_abort = insert_co_abort,
+};
+
+int backup_add_actions(struct backup *b, struct change *c, struct error **err)
+{
+    int r = change_add_root(c, b->source_name, err);
+
+    if (r < 0)
+        return r;
+    change_add_action(c, &b->insert, &insert_ops);
+    replace_action_add(c, &b->replace, NULL, NULL); /* insert_co_prepare() says what */
+    return 0;
+}
+
+/* After the filter's users have left it. */
+static void co_fn control_fn remove_co_finish(struct change_action *a)
+{
+    struct backup *b = container_of(a, struct backup, insert);
+
+    graph_co_drop(b->filter);
+    b->filter = NULL;
+}
+
+static const struct change_action_ops remove_ops = {.co_finish = remove_co_finish};
+
+int backup_co_end(struct backup *b, int (*more)(struct change *c, void *arg, struct error **err),
+                  void *arg, struct error **err)
+{
+    struct change change;
+    int r;
+
+    change_init(&change, b->graph, "end of the backup of '%s'", b->source_name);
+    r = change_add_root(&change, node_name(b->filter), err);
+    if (r == 0 && more)
+        r = more(&change, arg, err);
+    if (r == 0) {
+        replace_action_add(&change, &b->replace, b->filter, edge_node(node_file(b->filter)));
+        change_add_action(&change, &b->insert, &remove_ops);
+        r = change_co_run(&change, err);
+    }
+    change_end(&change);
+    return r;
+}
+
+static int co_fn backup_pull(void *arg, struct copy_piece *piece, struct iobuf *buf)
+{
+    struct backup *b = arg;
+
+    return point_co_pull(b->point, b->source, piece, buf);
+}
+
+static void backup_pushed(void *arg, const struct copy_piece *piece, bool skipped)
+{
+    struct backup *b = arg;
+
+    if (skipped)
+        bitmap_set(b->skipped, piece->offset, piece->len);
+    point_release(b->point, piece->offset, piece->len);
+    (void)atomic_add(&b->done, piece->len);
+}
+
+static void backup_worker(void *arg, bool begins)
+{
+    struct backup *b = arg;
+
+    b->policy->worker(b->policy_arg, begins);
+}
+
+static int co_fn backup_pause_point(void *arg)
+{
+    struct backup *b = arg;
+    int r = point_broken(b->point);
+
+    if (r < 0)
+        return -ESTALE; /* there is nothing left that could be copied truthfully */
+    r = b->policy->co_pause_point(b->policy_arg);
+    return r;
+}
+
+static enum copy_error_action backup_on_error(void *arg, int error, bool is_read)
+{
+    struct backup *b = arg;
+
+    if (error == -ESTALE && point_broken(b->point))
+        return COPY_FAIL;
+    return b->policy->on_error(b->policy_arg, error, is_read);
+}
+
+static bool backup_urgent(void *arg, uint64_t *ret_offset, uint64_t *ret_len)
+{
+    struct backup *b = arg;
+
+    return point_urgent(b->point, ret_offset, ret_len);
+}
+
+/* BACKUP_TOP: what the source does not hold itself is not copied. */
+static int co_fn leave_out_unallocated(struct backup *b)
+{
+    uint64_t at = 0;
+    int r = 0;
+
+    while (r == 0 && at < b->size) {
+        struct extent v[64];
+        struct extents extents = {.v = v, .max = ARRAY_SIZE(v)};
+        struct request req = {
+            .kind = REQUEST_EXTENTS,
+            .offset = at,
+            .len = b->size - at,
+            .extents = &extents,
+        };
+
+        r = b->policy->co_pause_point(b->policy_arg);
+        if (r == 0)
+            r = backend_co_request(b->source, &req);
+        for (unsigned i = 0; r == 0 && i < extents.count; i++) {
+            uint64_t first = (v[i].offset + BACKUP_CLUSTER - 1) / BACKUP_CLUSTER * BACKUP_CLUSTER;
+            uint64_t last = (v[i].offset + v[i].len) / BACKUP_CLUSTER * BACKUP_CLUSTER;
+            uint64_t offset;
+            uint64_t len;
+
+            at = v[i].offset + v[i].len;
+            while (!(v[i].flags & EXTENT_ALLOCATED) && first < last && r == 0 &&
+                   bitmap_next_dirty(b->work, first, last, &offset, &len)) {
+                r = bitmap_claim(b->work, offset, len, &offset, &len);
+                r = MIN(r, 0);
+                (void)atomic_sub(&b->total, len);
+            }
+        }
+    }
+    return r;
+}
+
+int backup_co_run(struct backup *b)
+{
+    int r = backend_attach(b->source);
+
+    if (r == 0)
+        r = backend_attach(b->target);
+    if (r == 0 && b->sync == BACKUP_TOP)
+        r = leave_out_unallocated(b);
+    if (r < 0)
+        return r;
+    copy_init(&b->copy);
+    r = copy_co_run(&b->copy);
+    if (r == 0) {
+        struct request flush = {.kind = REQUEST_FLUSH};
+
+        r = backend_co_request(b->target,
+                               &flush); /* what is reported as done is on the target's disk */
+    }
+    if (r == 0 && point_broken(b->point))
+        r = -ESTALE;
+    return r;
+}
+
+void backup_set_bitmap(struct backup *b, const struct bitmap *bitmap)
+{
+    b->bitmap = bitmap;
+}
+
+void backup_set_speed(struct backup *b, uint64_t bytes_per_second)
+{
+    copy_set_speed(&b->copy, bytes_per_second);
+}
+
+void backup_progress(const struct backup *b, uint64_t *ret_done, uint64_t *ret_total)
+{
+    *ret_done = atomic_get(&b->done);
+    *ret_total = MAX(atomic_get(&b->total), *ret_done);
+}
+
+const struct bitmap *backup_uncopied(const struct backup *b)
+{
+    return b->work;
+}
+
+const struct bitmap *backup_skipped(const struct backup *b)
+{
+    return b->skipped;
+}
+
+void backup_give_up(struct backup *b)
+{
+    point_break(b->point, -ECANCELED);
+}
+
+int backup_point_error(const struct backup *b)
+{
+    return point_broken(b->point);
+}
+
+const char *backup_filter_name(const struct backup *b)
+{
+    return b->filter ? node_name(b->filter) : NULL;
+}

@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A backup while guests write, under sim by seed: what the target holds in the end is what the source held at the instant,
+ * byte for byte, and a guest never gets an error for the backup (C5, P3), whatever becomes of target and scratch.
+ *
+ *     guests        backup
+ *       |          |      |
+ *      raw -> cbw -+      |
+ *       |                raw
+ *      file              file
+ */
+#include "base/atomic.h"
+#include "formats/list.h"
+#include "graph-fixture.h"
+#include "jobs/backup-engine.h"
+#include "loop/scope.h"
+#include "loop/sim/sim.h"
+#include "protocols/list.h"
+#include "seeds.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DISK_SIZE ((uint64_t)1 << 20)
+#define GUESTS    4
+#define WRITES    30
+
+#define check(cond)                                                                                \
+    do {                                                                                           \
+        if (!(cond)) {                                                                             \
+            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
+            abort();                                                                               \
+        }                                                                                          \
+    } while (0)
+
+static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
+
+struct world {
+    struct sim_disk *disk;
+    struct prng prng;
+    struct graph *graph;
+    struct backend *guest;
+    struct loop_thread *io[2];
+    struct loop_thread *copier;
+    struct backup *backup;
+    bool errors_allowed; /* of the target's disk */
+    uint64_t speed;
+    unsigned guests_failed; /* atomic */
+    uint8_t at_instant[DISK_SIZE];
+    uint8_t target[DISK_SIZE];
+    int result;
+};
+
+static void add_disk(struct world *w, const char *name, const char *path)
+{
+    char json[256];
+
+    snprintf(json, sizeof(json),
+             "{'driver': 'raw', 'node-name': '%s', 'discard': 'unmap',"
+             " 'file': {'driver': 'file', 'filename': '%s', 'discard': 'unmap'}}",
+             name, path);
+    must_add(w->graph, "%s", json);
+}
+
+struct guest {
+    struct world *world;
+    struct prng prng;
+};
+
+static void guest_write(struct guest *g)
+{
+    uint64_t offset = prng_below(&g->prng, DISK_SIZE);
+    uint64_t len = 1 + prng_below(&g->prng, prng_chance(&g->prng, 100) ? 200000 : 9000);
+    struct iobuf *b;
+    struct iovec iov;
+    struct request req = {.kind = REQUEST_WRITE, .offset = offset};
+
+    req.len = MIN(len, DISK_SIZE - offset);
+    b = iobuf_new(req.len);
+    check(b);
+    memset(b->data, (int)(1 + prng_below(&g->prng, 255)), req.len);
+    iov = (struct iovec){b->data, req.len};
+    if (prng_chance(&g->prng, 150)) {
+        req.kind = REQUEST_WRITE_ZEROES;
+        req.flags = REQUEST_MAY_UNMAP;
+    } else if (prng_chance(&g->prng, 100)) {
+        req.kind = REQUEST_DISCARD;
+    } else {
+        req.iov = &iov;
+        req.iov_count = 1;
+        req.hold = b;
+    }
+    if (backend_co_request(g->world->guest, &req) < 0)
+        atomic_add(&g->world->guests_failed, 1u);
+    iobuf_unref(b);
+}
+
+static void guest_main(void *arg)
+{
+    struct guest *g = arg;
+
+    check(backend_attach(g->world->guest) == 0);
+    for (unsigned i = 0; i < WRITES; i++) {
+        guest_write(g);
+        if (prng_chance(&g->prng, 500))
+            co_sleep_until(loop_clock() + prng_below(&g->prng, 2 * NS_PER_MS));
+    }
+}
+
+struct guest_call {
+    struct guest guest;
+    struct loop *loop;
+};
+
+static void call_guest(void *arg)
+{
+    struct guest_call *c = arg;
+
+    check(loop_co_call(c->loop, guest_main, &c->guest) == 0);
+}
+
+/* Looks at the source while the gates are closed. */
+static void take_picture(struct change_action *a);
+
+static const struct change_action_ops picture_ops = {.commit = take_picture};
+
+struct picture {
+    struct change_action action;
+    struct world *world;
+};
+
+static void take_picture(struct change_action *a)
+{
+    struct world *w = container_of(a, struct picture, action)->world;
+
+    check(sim_disk_read(w->disk, "/src", 0, w->at_instant, DISK_SIZE) == 0);
+}
+
+static int pause_point(void *arg)
+{
+    (void)arg;
+    co_yield ();
+    return co_cancelled();
+}
+
+static enum copy_error_action on_error(void *arg, int error, bool is_read)
+{
+    struct world *w = arg;
+
+    (void)error;
+    (void)is_read;
+    return prng_chance(&w->prng, 500) ? COPY_RETRY : COPY_FAIL;
+}
+
+static void worker(void *arg, bool begins)
+{
+    (void)arg;
+    (void)begins;
+}
+
+static const struct copy_policy policy = {
+    .co_pause_point = pause_point,
+    .worker = worker,
+    .on_error = on_error,
+};
+
+static void start_backup(struct world *w)
+{
+    struct backup_options o = {
+        .owner = "job 'b'",
+        .source = "src",
+        .target = "dst",
+        .filter_name = "cbw",
+        .sync = BACKUP_FULL,
+        .point =
+            {
+                .policy = POINT_BACKUP_FIRST,
+                .latency_bound_ns = 20 * NS_PER_MS,
+                .timeout_ns = 30 * NS_PER_S,
+                .ram_bytes = prng_below(&w->prng, 3) * 32768,
+                .scratch_dir = "/tmp",
+                .scratch_max_bytes = DISK_SIZE * 2,
+            },
+        .workers = 1 + (unsigned)prng_below(&w->prng, 4),
+        .chunk = 65536u << prng_below(&w->prng, 3),
+        .speed = w->speed,
+        .policy = &policy,
+        .policy_arg = w,
+    };
+    struct picture picture = {.world = w};
+    struct error *err = NULL;
+    struct change change;
+
+    if (backup_co_new(&w->backup, w->graph, &o, &err) < 0)
+        fail_msg("%s", error_text(err));
+    change_init(&change, w->graph, "start");
+    check(backup_add_actions(w->backup, &change, &err) == 0);
+    change_add_action(&change, &picture.action, &picture_ops);
+    if (change_co_run(&change, &err) < 0)
+        fail_msg("%s", error_text(err));
+    change_end(&change);
+}
+
+static void run_copy(void *arg)
+{
+    struct world *w = arg;
+
+    w->result = backup_co_run(w->backup);
+}
+
+static void end_backup(struct world *w)
+{
+    struct error *err = NULL;
+
+    if (backup_co_end(w->backup, NULL, NULL, &err) < 0)
+        fail_msg("%s", error_text(err));
+    w->backup = backup_co_free(w->backup);
+    check(!graph_find(w->graph, "cbw"));
+}
+
+static void world_start(struct world *w)
+{
+    struct error *err = NULL;
+    struct access access = {.wants = ACCESS_READ | ACCESS_WRITE,
+                            .tolerates = ACCESS_ALL & ~ACCESS_RESIZE};
+
+    w->graph = graph_new(drivers);
+    add_disk(w, "src", "/src");
+    add_disk(w, "dst", "/dst");
+    check(backend_co_new(&w->guest, w->graph, "src", access, "guest", &err) == 0);
+    for (unsigned i = 0; i < 2; i++)
+        check(loop_thread_start(&w->io[i], "io", &err) == 0);
+    check(loop_thread_start(&w->copier, "copy", &err) == 0);
+}
+
+static void world_stop(struct world *w)
+{
+    w->guest = backend_co_free(w->guest);
+    for (unsigned i = 0; i < 2; i++)
+        loop_thread_stop(w->io[i]);
+    loop_thread_stop(w->copier);
+    w->graph = graph_co_free(w->graph);
+}
+
+static void full_backup(void *arg)
+{
+    struct world *w = arg;
+    struct guest_call guests[GUESTS];
+    struct co_scope scope;
+
+    world_start(w);
+    co_scope_init(&scope);
+    for (unsigned i = 0; i < GUESTS; i++) {
+        guests[i] = (struct guest_call){{w, {prng_next(&w->prng)}}, loop_thread_loop(w->io[i % 2])};
+        check(co_scope_start(&scope, call_guest, &guests[i]) == 0);
+    }
+    co_sleep_until(loop_clock() + prng_below(&w->prng, 5 * NS_PER_MS));
+    start_backup(w);
+    check(loop_co_call(loop_thread_loop(w->copier), run_copy, w) == 0);
+    end_backup(w);
+    co_scope_join(&scope);
+    world_stop(w);
+    check(sim_disk_read(w->disk, "/dst", 0, w->target, DISK_SIZE) == 0);
+}
+
+static void fill(struct sim_disk *disk, const char *path, uint64_t seed)
+{
+    struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = DISK_SIZE};
+    struct prng prng = {seed};
+    uint8_t block[16384];
+
+    sim_disk_make(disk, path, &setup);
+    for (uint64_t at = 0; at < DISK_SIZE; at += sizeof(block)) {
+        if (prng_chance(&prng, 300))
+            continue; /* a hole */
+        memset(block, (int)prng_next(&prng) | 1, sizeof(block));
+        sim_disk_write(disk, path, at, block, sizeof(block));
+    }
+}
+
+static void run_world(uint64_t seed, co_entry_fn *body, struct sim_fault **faults, size_t count,
+                      struct world *w)
+{
+    struct sim_options o;
+
+    w->disk = sim_disk_new();
+    w->prng.state = seed;
+    fill(w->disk, "/src", seed);
+    fill(w->disk, "/dst", seed + 1);
+    sim_options_init(&o, seed);
+    o.disk = w->disk;
+    o.faults = faults;
+    o.fault_count = count;
+    check(sim_run(&o, body, w) == SIM_RETURNED);
+    w->disk = sim_disk_free(w->disk);
+}
+
+static void test_backup_model__target_is_the_source_at_the_instant(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct world *w = calloc(1, sizeof(*w));
+
+        run_world(seed, full_backup, NULL, 0, w);
+        assert_int_equal(w->result, 0);
+        assert_int_equal(w->guests_failed, 0);
+        for (uint64_t at = 0; at < DISK_SIZE; at++) {
+            if (w->target[at] != w->at_instant[at])
+                fail_msg("byte %lu is %u, was %u at the instant", (unsigned long)at, w->target[at],
+                         w->at_instant[at]);
+        }
+        free(w);
+    }
+}
+
+/* The target or the scratch file fails: the backup may fail, the guests must not (P3); what succeeds is true. */
+static void test_backup_model__failing_target_and_scratch_harm_no_guest(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct world *w = calloc(1, sizeof(*w));
+        struct sim_fault target = {.name = "/dst",
+                                   .ops = SIM_OP(IO_WRITE),
+                                   .kind = SIM_ERROR,
+                                   .error = EIO,
+                                   .per_mille = 100};
+        struct sim_fault scratch = {.name = "/tmp/*",
+                                    .ops = SIM_OP(IO_WRITE),
+                                    .kind = SIM_ERROR,
+                                    .error = ENOSPC,
+                                    .per_mille = seed % 2 ? 200 : 0};
+        struct sim_fault *faults[] = {&target, &scratch};
+
+        run_world(seed, full_backup, faults, 2, w);
+        assert_int_equal(w->guests_failed, 0);
+        if (w->result == 0)
+            assert_memory_equal(w->target, w->at_instant, DISK_SIZE);
+        free(w);
+    }
+}
