@@ -556,21 +556,27 @@ static void test_change__refusal_names_the_holder(void **state)
     everywhere(kept_waiting);
 }
 
+struct deletion {
+    struct world *world;
+    const char *node;
+};
+
 static void del_main(void *arg)
 {
-    struct world *w = arg;
+    struct deletion *d = arg;
 
-    must_del(w->graph, "passing");
+    must_del(d->world->graph, d->node);
 }
 
 static void node_goes(struct world *w)
 {
     struct watch first = {.persist_ns = 10 * NS_PER_MS};
     struct watch last = {.persist_ns = 0};
+    struct deletion passing = {.world = w, .node = "passing"};
 
     must_add(w->graph, "{'driver':'null-co','node-name':'passing'}");
     start_watch(w, &first, "passing");
-    check(co_scope_start(&w->scope, del_main, w) == 0);
+    check(co_scope_start(&w->scope, del_main, &passing) == 0);
     start_watch(w, &last, "passing");
     wait_watch(&last);
     check(first.result == 0 && last.result == -ENOENT);
@@ -625,9 +631,11 @@ static void moved_while_leaving(struct world *w)
     struct watch hold = {.persist_ns = 10 * NS_PER_MS};
     struct call move = {.world = w, .from = "b", .to = "a"};
     struct call leave = {.world = w, .backend = client(w, "b", "client")};
+    struct deletion old = {.world = w, .node = "b"};
 
     start_watch(w, &hold, "b");
     check(co_scope_start(&w->scope, replace_main, &move) == 0);
+    check(co_scope_start(&w->scope, del_main, &old) == 0);
     check(co_scope_start(&w->scope, free_main, &leave) == 0);
     wait_watch(&hold);
     while (!leave.done)
