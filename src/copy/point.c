@@ -184,8 +184,12 @@ static int co_fn save_run(struct point *p, struct edge *source, const struct req
     req.iov_count = 1;
     req.hold = b;
     r = edge_co_request(source, &req);
-    if (r == 0)
+    if (r == 0 && p->options.through) {
+        req.kind = REQUEST_WRITE;
+        r = backend_co_request(p->options.through, &req); /* with the guest's pass (G1) */
+    } else if (r == 0) {
         r = store(p, offset, len, b);
+    }
     if (r == 0)
         r = caught(p, offset, len);
     iobuf_unref(b);

@@ -32,6 +32,11 @@ enum point_policy {
 
 struct point_options {
     uint64_t size;
+    /*
+     * What is saved goes to this backend, within the bounds, before the change goes out, for those who read the target
+     * meanwhile; NULL: to memory and scratch. The filter owns it (G2), since changes of its node wait for guests then.
+     */
+    struct backend *through;
     enum point_policy policy;
     uint64_t latency_bound_ns;
     uint64_t timeout_ns;

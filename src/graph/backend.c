@@ -61,6 +61,12 @@ void backend_set_owner_node(struct backend *b, struct node *owner)
     list_append(&owner->owned, &b->owned_link);
 }
 
+void backend_clear_owner_node(struct backend *b)
+{
+    b->owner_node = NULL;
+    list_remove(&b->owned_link);
+}
+
 /* G7: cuts what does not come to an end. */
 static void co_fn control_fn drain_or_cut(struct backend *b)
 {

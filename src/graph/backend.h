@@ -30,6 +30,8 @@ int co_fn control_fn backend_co_new(struct backend **ret, struct graph *graph,
                                     struct error **err);
 /* Makes it a backend that a node has for its own use: it counts as drained only after all above that node (G2). */
 void backend_set_owner_node(struct backend *b, struct node *owner);
+/* No node's any more: before its owner goes. Also for one that was nobody's. */
+void backend_clear_owner_node(struct backend *b);
 /*
  * Waits for its requests, then lets go of the node. Requests that have not ended at the change deadline are answered -EIO,
  * and what the host still holds of them is left to it (G7). Nobody sends any more. Returns NULL.

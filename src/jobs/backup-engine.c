@@ -12,6 +12,9 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+/* How often a backup without work of its own looks whether its point still stands. */
+#define LOOK_NS (50 * NS_PER_MS)
+
 struct backup {
     /* Set by backup_co_new(), then constant. */
     struct graph *graph;
@@ -74,12 +77,12 @@ static int co_fn control_fn make_parts(struct backup *b, const struct backup_opt
     b->skipped = bitmap_new(b->size, BACKUP_CLUSTER);
     if (!b->work || !b->skipped)
         return error_set(err, ENOMEM, "%s: no memory for its work", o->owner);
-    r = point_co_new(&b->point, &point, err);
-    if (r == 0)
-        r = backend_co_new(&b->source, b->graph, o->source, reads, o->owner, err);
+    r = backend_co_new(&b->source, b->graph, o->source, reads, o->owner, err);
     if (r == 0)
         r = backend_co_new(&b->target, b->graph, o->target, writes, o->owner, err);
-    return r;
+    if (b->sync == BACKUP_NONE)
+        point.through = b->target;
+    return r < 0 ? r : point_co_new(&b->point, &point, err);
 }
 
 static int backup_pull(void *arg, struct copy_piece *piece, struct iobuf *buf);
@@ -165,6 +168,8 @@ static int co_fn control_fn insert_co_prepare(struct change_action *a, struct er
         return r;
     b->replace.from = source;
     b->replace.to = b->filter;
+    if (b->sync == BACKUP_NONE)
+        backend_set_owner_node(b->target, b->filter);
     return 0;
 }
 
@@ -182,6 +187,9 @@ static int co_fn control_fn insert_co_persist(struct change_action *a, struct er
     case BACKUP_BITMAP:
         r = bitmap_merge(b->work, b->bitmap);
         break;
+    case BACKUP_NONE:
+        bitmap_set(point_uncaught(b->point), 0, b->size);
+        break;
     }
     if (r == 0)
         r = bitmap_merge(point_uncaught(b->point), b->work);
@@ -189,13 +197,19 @@ static int co_fn control_fn insert_co_persist(struct change_action *a, struct er
     return r < 0 ? error_set(err, -r, "no memory for the blocks to copy") : 0;
 }
 
+static void co_fn control_fn drop_filter(struct backup *b)
+{
+    backend_clear_owner_node(b->target);
+    graph_co_drop(b->filter);
+    b->filter = NULL;
+}
+
 static void co_fn control_fn insert_co_abort(struct change_action *a)
 {
     struct backup *b = container_of(a, struct backup, insert);
 
     if (b->filter)
-        graph_co_drop(b->filter);
-    b->filter = NULL;
+        drop_filter(b);
 }
 
 static const struct change_action_ops insert_ops = {
@@ -220,8 +234,7 @@ static void co_fn control_fn remove_co_finish(struct change_action *a)
 {
     struct backup *b = container_of(a, struct backup, insert);
 
-    graph_co_drop(b->filter);
-    b->filter = NULL;
+    drop_filter(b);
 }
 
 static const struct change_action_ops remove_ops = {.co_finish = remove_co_finish};
@@ -333,6 +346,19 @@ static int co_fn leave_out_unallocated(struct backup *b)
     return r;
 }
 
+/* BACKUP_NONE: the guests do the work. */
+static int co_fn wait_for_cancel(struct backup *b)
+{
+    int r;
+
+    do {
+        r = backup_pause_point(b);
+        if (r == 0)
+            r = co_sleep_until(loop_clock() + LOOK_NS);
+    } while (r == 0);
+    return r;
+}
+
 int backup_co_run(struct backup *b)
 {
     int r = backend_attach(b->source);
@@ -341,6 +367,8 @@ int backup_co_run(struct backup *b)
         r = backend_attach(b->target);
     if (r == 0 && b->sync == BACKUP_TOP)
         r = leave_out_unallocated(b);
+    if (r == 0 && b->sync == BACKUP_NONE)
+        r = wait_for_cancel(b);
     if (r < 0)
         return r;
     copy_init(&b->copy);

@@ -23,7 +23,8 @@
 /* The unit of a backup's work; saved blocks are kept by regions of this size. */
 #define BACKUP_CLUSTER ((uint64_t)64 << 10)
 
-enum backup_sync { BACKUP_FULL, BACKUP_TOP, BACKUP_BITMAP };
+/* BACKUP_NONE: only what is about to be overwritten, to the target itself, until it is cancelled. */
+enum backup_sync { BACKUP_FULL, BACKUP_TOP, BACKUP_BITMAP, BACKUP_NONE };
 
 struct backup_options {
     const char *owner; /* as messages name it: "job 'b0'" */

@@ -199,6 +199,8 @@ static int check_bitmap(const struct blockdev_backup_options *o, struct error **
         return error_set(err, EINVAL, "bitmap-mode needs a bitmap");
     if (!o->bitmap)
         return 0;
+    if (o->sync == BACKUP_SYNC_MODE_NONE)
+        return error_set(err, EINVAL, "a bitmap has no meaning with sync=none");
     if (!o->has_bitmap_mode && o->sync != BACKUP_SYNC_MODE_INCREMENTAL)
         return error_set(err, EINVAL, "sync=%s with a bitmap needs a bitmap-mode", sync);
     if (o->sync == BACKUP_SYNC_MODE_INCREMENTAL && o->has_bitmap_mode &&
@@ -218,6 +220,8 @@ static enum backup_sync sync_of(enum backup_sync_mode mode)
         return BACKUP_FULL;
     case BACKUP_SYNC_MODE_TOP:
         return BACKUP_TOP;
+    case BACKUP_SYNC_MODE_NONE:
+        return BACKUP_NONE;
     case BACKUP_SYNC_MODE_INCREMENTAL:
     case BACKUP_SYNC_MODE_BITMAP:
         break;

@@ -47,9 +47,11 @@ struct world {
     struct backup *backup;
     bool errors_allowed; /* of the target's disk */
     uint64_t speed;
+    enum backup_sync sync;
     unsigned guests_failed; /* atomic */
     uint8_t at_instant[DISK_SIZE];
     uint8_t target[DISK_SIZE];
+    uint8_t source[DISK_SIZE]; /* in the end */
     int result;
 };
 
@@ -173,7 +175,7 @@ static void start_backup(struct world *w)
         .source = "src",
         .target = "dst",
         .filter_name = "cbw",
-        .sync = BACKUP_FULL,
+        .sync = w->sync,
         .point =
             {
                 .policy = POINT_BACKUP_FIRST,
@@ -208,6 +210,13 @@ static void run_copy(void *arg)
     struct world *w = arg;
 
     w->result = backup_co_run(w->backup);
+}
+
+static void call_copy(void *arg)
+{
+    struct world *w = arg;
+
+    check(loop_co_call(loop_thread_loop(w->copier), run_copy, w) == 0);
 }
 
 static void end_backup(struct world *w)
@@ -262,6 +271,33 @@ static void full_backup(void *arg)
     end_backup(w);
     co_scope_join(&scope);
     world_stop(w);
+    check(sim_disk_read(w->disk, "/dst", 0, w->target, DISK_SIZE) == 0);
+}
+
+/* sync=none: the guests run to their end, then it is cancelled. */
+static void copy_overwritten(void *arg)
+{
+    struct world *w = arg;
+    struct guest_call guests[GUESTS];
+    struct co_scope scope;
+    struct co_scope copying;
+
+    world_start(w);
+    w->sync = BACKUP_NONE;
+    start_backup(w);
+    co_scope_init(&copying);
+    check(co_scope_start(&copying, call_copy, w) == 0);
+    co_scope_init(&scope);
+    for (unsigned i = 0; i < GUESTS; i++) {
+        guests[i] = (struct guest_call){{w, {prng_next(&w->prng)}}, loop_thread_loop(w->io[i % 2])};
+        check(co_scope_start(&scope, call_guest, &guests[i]) == 0);
+    }
+    co_scope_join(&scope);
+    co_scope_cancel(&copying);
+    co_scope_join(&copying);
+    end_backup(w);
+    world_stop(w);
+    check(sim_disk_read(w->disk, "/src", 0, w->source, DISK_SIZE) == 0);
     check(sim_disk_read(w->disk, "/dst", 0, w->target, DISK_SIZE) == 0);
 }
 
@@ -337,6 +373,25 @@ static void test_backup_model__failing_target_and_scratch_harm_no_guest(void **s
         assert_int_equal(w->guests_failed, 0);
         if (w->result == 0)
             assert_memory_equal(w->target, w->at_instant, DISK_SIZE);
+        free(w);
+    }
+}
+
+/* What guests have overwritten is on the target as it was; with what they have not, that is the point. */
+static void test_backup_model__sync_none_keeps_what_is_overwritten(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct world *w = calloc(1, sizeof(*w));
+
+        run_world(seed, copy_overwritten, NULL, 0, w);
+        assert_int_equal(w->result, -ECANCELED);
+        assert_int_equal(w->guests_failed, 0);
+        for (uint64_t at = 0; at < DISK_SIZE; at++) {
+            if (w->source[at] != w->at_instant[at] && w->target[at] != w->at_instant[at])
+                fail_msg("byte %lu was %u, is %u, and %u on the target", (unsigned long)at,
+                         w->at_instant[at], w->source[at], w->target[at]);
+        }
         free(w);
     }
 }

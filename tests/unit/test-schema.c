@@ -64,6 +64,7 @@ static void test_schema__has_the_commands_of_this_version(void **state)
         "block-job-set-speed",
         "block_resize",
         "blockdev-add",
+        "blockdev-backup",
         "blockdev-del",
         "job-cancel",
         "job-complete",
