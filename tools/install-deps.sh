@@ -6,8 +6,8 @@
 #   tools/install-deps.sh --list    print the packages, one per line
 set -eu
 
-build='gcc libc6-dev make meson ninja-build pkg-config python3 git liburing-dev libjansson-dev'
-checks='clang libclang-rt-14-dev clang-format clang-tidy binutils patch libcmocka-dev'
+build='gcc libc6-dev make meson ninja-build pkg-config python3 git scdoc liburing-dev libjansson-dev libssl-dev'
+checks='e2fsprogs mount clang libclang-rt-14-dev clang-format clang-tidy binutils patch libcmocka-dev'
 peers='qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd python3-pytest fio socat'
 packages="$build $checks $peers"
 

@@ -55,6 +55,7 @@ static inline uint64_t stats_bucket_ns(unsigned bucket)
 }
 
 /* Relaxed: one writer, and readers who want no more than a recent value. */
+/* NOLINTNEXTLINE(readability-non-const-parameter): the store is not seen */
 static inline void stats_add(uint64_t *counter, uint64_t n)
 {
     atomic_set_relaxed(counter, *counter + n);
