@@ -256,6 +256,7 @@ struct job_world {
     struct loop_thread *threads[COPY_LOOPS];
     struct jobs *jobs;
     char *log; /* "b0:created b0:running ..." */
+    void (*watch)(const struct job_event *e, const struct job_picture *p); /* or NULL */
 };
 
 /* Statuses in small letters, other events in capitals. */
@@ -280,6 +281,8 @@ static inline void job_world_event(const struct job_event *e, void *arg)
                            e->kind == JOB_EVENT_COMPLETED && p.error ? "(failed)" : "");
     free(w->log);
     w->log = longer;
+    if (w->watch)
+        w->watch(e, &p);
 }
 
 static inline void job_world_init(struct job_world *w)
@@ -294,6 +297,7 @@ static inline void job_world_init(struct job_world *w)
         loops[i] = loop_thread_loop(w->threads[i]);
     }
     w->log = xstrdup("");
+    w->watch = NULL;
     w->jobs = jobs_new(loops, COPY_LOOPS, job_world_event, w);
 }
 

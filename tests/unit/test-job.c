@@ -93,7 +93,7 @@ static void test_job__transitions_are_the_peers(void **state)
     for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
         enum job_status from = status_of(rows[i][0]);
 
-        for (const char *to = LETTERS + 1; *to; to++) {
+        for (const char *to = &LETTERS[1]; *to; to++) {
             bool legal = strchr(rows[i] + 2, *to);
 
             if (steps_lead(from, status_of(*to)) != legal)
@@ -254,6 +254,7 @@ static void plain_job(struct job_world *w)
     wait_for_status(w, "c1", JOB_STATUS_CONCLUDED);
     must_be_told(w, "c0", "created running waiting pending concluded");
     must_be_told(w, "c1", "created running aborting concluded");
+    jobs_co_cancel_all(w->jobs); /* their operations end here */
 }
 
 static void test_job__plain_ones_tell_their_status_only(void **state)
@@ -629,6 +630,7 @@ static void report_error(struct job_world *w)
                  "created running ERROR-write-report aborting COMPLETED(failed) concluded null");
     must_be_told(w, "b1",
                  "created running ERROR-write-report aborting COMPLETED(failed) concluded null");
+    jobs_co_cancel_all(w->jobs); /* the probes end here */
 }
 
 static void test_job__error_policies_choose(void **state)
@@ -917,6 +919,7 @@ static void newest_first(struct job_world *w)
     start_job(w, "c", &probes[2]);
     jobs_for_each(w->jobs, add_id, ids);
     assert_string_equal(ids, "c b a ");
+    jobs_co_cancel_all(w->jobs); /* the probes end here */
 }
 
 static void test_job__are_listed_newest_first(void **state)
