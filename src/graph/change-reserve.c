@@ -98,12 +98,6 @@ static void take_touched(struct change *c)
     c->holds = true;
 }
 
-static bool wait_cancel(struct co_wait *w)
-{
-    (void)w;
-    return true;
-}
-
 static int co_fn control_fn reserve_until(struct change *c, uint64_t deadline, struct error **err)
 {
     const char *holder;
@@ -113,7 +107,7 @@ static int co_fn control_fn reserve_until(struct change *c, uint64_t deadline, s
     while ((r = can_hold(c, &holder, err)) == 0) {
         struct co_wait w;
 
-        co_wait_init(&w, wait_cancel);
+        co_wait_init(&w, co_wait_leave);
         c->wait = &w;
         r = co_wait(&w, deadline);
         c->wait = NULL;

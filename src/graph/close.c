@@ -89,12 +89,6 @@ static void make_orphan(struct node *node)
     node->reserved_by = NULL;
 }
 
-static bool wait_cancel(struct co_wait *w)
-{
-    (void)w;
-    return true;
-}
-
 void node_co_unref(struct node *node)
 {
     struct graph *g = node->graph;
@@ -104,7 +98,7 @@ void node_co_unref(struct node *node)
         return;
     if (node_unresolved(node))
         make_orphan(node);
-    co_wait_init(&w, wait_cancel);
+    co_wait_init(&w, co_wait_leave);
     node->close_wait = &w;
     if (co_scope_start(&g->closers, close_main, node) < 0) {
         if (!node->orphan_ns)

@@ -280,6 +280,12 @@ static void wait_timed_out(struct timer *t)
         co_wait_end(w, -ETIMEDOUT);
 }
 
+bool co_wait_leave(struct co_wait *w)
+{
+    (void)w;
+    return true;
+}
+
 int co_wait(struct co_wait *w, uint64_t deadline_ns)
 {
     struct co *co = w->co;
@@ -316,18 +322,12 @@ void co_wait_end(struct co_wait *w, int result)
     }
 }
 
-static bool sleep_cancel(struct co_wait *w)
-{
-    (void)w;
-    return true;
-}
-
 int co_sleep_until(uint64_t deadline_ns)
 {
     struct co_wait w;
     int r;
 
-    co_wait_init(&w, sleep_cancel);
+    co_wait_init(&w, co_wait_leave);
     r = co_wait(&w, deadline_ns);
     return r == -ETIMEDOUT && !co_cancelled() ? 0 : r;
 }

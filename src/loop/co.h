@@ -42,6 +42,9 @@ struct co_wait {
     struct timer timer;
 };
 
+/* A cancel function for waits that nobody but the waiter needs to be told of: it can always leave. */
+co_wait_cancel_fn co_wait_leave;
+
 /* Prepares a wait of the running coroutine. */
 void co_wait_init(struct co_wait *w, co_wait_cancel_fn *cancel);
 

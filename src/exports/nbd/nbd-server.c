@@ -211,12 +211,6 @@ static void connection_new(struct nbd_server *server, struct socket *socket)
     loop_post(c->loop, &c->start);
 }
 
-static bool wait_cancel(struct co_wait *w)
-{
-    (void)w;
-    return true;
-}
-
 /* At max_connections further clients stay in the listener's backlog. */
 static int co_fn wait_for_room(struct nbd_server *server)
 {
@@ -226,7 +220,7 @@ static int co_fn wait_for_room(struct nbd_server *server)
            server->connection_count >= server->max_connections) {
         struct co_wait w;
 
-        co_wait_init(&w, wait_cancel);
+        co_wait_init(&w, co_wait_leave);
         server->room_wait = &w;
         r = co_wait(&w, LOOP_FOREVER);
         server->room_wait = NULL;

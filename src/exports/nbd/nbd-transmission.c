@@ -127,12 +127,6 @@ static int co_fn take_payload(struct nbd_connection *c, struct nbd_request *req)
     return socket_co_recv_all(c->socket, req->data + here, req->len - here, LOOP_FOREVER);
 }
 
-static bool room_cancel(struct co_wait *w)
-{
-    (void)w;
-    return true;
-}
-
 /* NBD-3: the client waits when it has asked for enough. */
 static int co_fn wait_for_room(struct nbd_connection *c)
 {
@@ -141,7 +135,7 @@ static int co_fn wait_for_room(struct nbd_connection *c)
     while (r == 0 && (c->request_count >= NBD_MAX_REQUESTS || c->request_bytes >= NBD_MAX_BYTES)) {
         struct co_wait w;
 
-        co_wait_init(&w, room_cancel);
+        co_wait_init(&w, co_wait_leave);
         c->room = &w;
         r = co_wait(&w, LOOP_FOREVER);
         c->room = NULL;
