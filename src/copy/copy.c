@@ -47,6 +47,8 @@ static int co_fn wait_for_rate(struct copy *c, uint64_t bytes)
             return 0;
         }
         r = co_sleep_until(c->slice_end_ns);
+        if (r == 0)
+            r = c->policy->co_pause_point(c->arg); /* at a low rate the wait is long */
         if (r < 0)
             return r;
     }

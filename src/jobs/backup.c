@@ -87,25 +87,29 @@ static int co_fn backup_job_co_run(struct job *job, struct error **err)
     return r;
 }
 
+static bool begins_anew(const struct backup_job *b)
+{
+    return b->mode == BITMAP_SYNC_MODE_ALWAYS ||
+           (b->mode == BITMAP_SYNC_MODE_ON_SUCCESS && b->succeeded);
+}
+
 /* What becomes of the bitmap, in the change that takes the filter out. */
 static int end_bitmap(struct change *c, void *arg, struct error **err)
 {
     struct backup_job *b = arg;
-    bool begins_anew = b->mode == BITMAP_SYNC_MODE_ALWAYS ||
-                       (b->mode == BITMAP_SYNC_MODE_ON_SUCCESS && b->succeeded);
 
     if (!b->bitmap.name)
         return 0;
-    return begins_anew ? dirty_bitmap_action_abdicate(c, &b->bitmap_action, b->bitmap, err)
-                       : dirty_bitmap_action_reclaim(c, &b->bitmap_action, b->bitmap, err);
+    return begins_anew(b) ? dirty_bitmap_action_abdicate(c, &b->bitmap_action, b->bitmap, err)
+                          : dirty_bitmap_action_reclaim(c, &b->bitmap_action, b->bitmap, err);
 }
 
-/* What the target lacks stays dirty. Nothing else has run on the control thread since the change. */
+/* What the target lacks stays dirty where the old bits went. Nothing else has run on the control thread since the change. */
 static void keep_uncopied(struct backup_job *b)
 {
     struct bitmap *bits;
 
-    if (!b->bitmap.name)
+    if (!b->bitmap.name || !begins_anew(b))
         return;
     bits = dirty_bitmap_bits(b->bitmap_action.bitmap);
     /* Without memory they report more than is dirty. */
