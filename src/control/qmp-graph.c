@@ -9,6 +9,7 @@
 #include "schema-dispatch.h"
 
 #include <errno.h>
+#include <inttypes.h>
 
 struct graph_walk {
     struct graph *graph;
@@ -18,16 +19,7 @@ struct graph_walk {
     size_t backends;
     size_t orphans;
     uint64_t now_ns;
-    /* While one node is shown. */
-    const struct node *node;
-    struct graph_node *shown;
 };
-
-/* When the older of two requests arrived; 0: there is none. */
-static uint64_t older(uint64_t a, uint64_t b)
-{
-    return a && (!b || a < b) ? a : b;
-}
 
 /* A clock that other threads have read later may be ahead of ours. */
 static uint64_t age(const struct graph_walk *walk, uint64_t since_ns)
@@ -46,20 +38,19 @@ static struct access_right_array rights(unsigned bits)
     return list;
 }
 
-static void add_in_flight(const struct backend *b, void *arg)
+static void show_load(struct graph_walk *walk, const struct node *node, struct graph_node *shown)
 {
-    struct graph_walk *walk = arg;
-    struct gate_picture picture;
-    uint64_t oldest;
+    struct node_load load;
 
-    if (backend_node(b) != walk->node)
+    node_load(node, &load);
+    shown->in_flight = load.in_flight;
+    shown->has_oldest_age_ns = load.oldest.arrived_ns > 0;
+    if (!shown->has_oldest_age_ns)
         return;
-    backend_gate_picture(b, &picture);
-    walk->shown->in_flight += picture.inside;
-    /* Ages are held as times of arrival until all backends are seen. */
-    oldest = older(walk->shown->oldest_age_ns, picture.oldest_ns);
-    walk->shown->oldest_age_ns = oldest;
-    walk->shown->has_oldest_age_ns = oldest > 0;
+    shown->oldest_age_ns = age(walk, load.oldest.arrived_ns);
+    shown->waits_for = xasprintf("a %s of %" PRIu64 " bytes at %" PRIu64 ", in node '%s'",
+                                 request_kind_name(load.oldest.kind), load.oldest.len,
+                                 load.oldest.offset, load.oldest.node);
 }
 
 static void show_edge(const struct node *parent, const struct edge *edge, struct access access,
@@ -87,12 +78,9 @@ static void show_node(struct node *node, void *arg)
         .driver = xstrdup(node_driver(node)->name),
         .read_only = node_settings(node)->read_only,
         .reserved_by = holder ? xstrdup(holder) : NULL,
+        .needs_reopen = node_needs_reopen(node),
     };
-    walk->node = node;
-    walk->shown = shown;
-    graph_for_each_backend(walk->graph, add_in_flight, walk);
-    if (shown->has_oldest_age_ns)
-        shown->oldest_age_ns = age(walk, shown->oldest_age_ns);
+    show_load(walk, node, shown);
     node_for_each_child(node, show_edge, walk);
 }
 
@@ -166,9 +154,10 @@ int qmp_query_graph(struct qmp_session *session, struct graph_info *ret, struct 
     struct graph_walk walk = {
         .graph = control_of(session)->graph,
         .info = ret,
-        .now_ns = loop_clock(),
     };
 
+    graph_co_look(walk.graph);
+    walk.now_ns = loop_clock();
     graph_for_each_node(walk.graph, count_node, &walk);
     graph_for_each_backend(walk.graph, count_backend, &walk);
     graph_for_each_orphan(walk.graph, count_orphan, &walk);

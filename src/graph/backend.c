@@ -98,9 +98,10 @@ struct backend *backend_co_free(struct backend *b)
     co_shield_begin();
     gate_end(&b->gate);
     drain_or_cut(b);
+    list_remove(
+        &b->link); /* queries come while we wait: they would ask the gate, and its root goes, too */
     gate_co_release(&b->gate);
     (void)access_change(b->root, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
-    list_remove(&b->link); /* before it has no root any more: queries come while we wait */
     list_remove(&b->owned_link);
     node_co_unref(edge_free(b->root));
     co_shield_end();

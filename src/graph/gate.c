@@ -9,7 +9,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 /* A loop that does not answer for this long is named. */
@@ -124,17 +123,10 @@ static void obey(struct gate_slot *slot)
 static void describe_oldest(struct gate_slot *slot)
 {
     const struct pass *pass = list_first(&slot->inside, struct pass, link);
-    struct gate_oldest *o = &slot->oldest;
 
-    *o = (struct gate_oldest){0};
-    if (!pass)
-        return;
-    o->kind = pass->kind;
-    o->offset = pass->offset;
-    o->len = pass->len;
-    o->arrived_ns = pass->arrived_ns;
-    if (pass->top)
-        (void)snprintf(o->node, sizeof(o->node), "%s", node_name(edge_node(pass->top->edge)));
+    slot->oldest.arrived_ns = 0;
+    if (pass)
+        gate_describe(pass, &slot->oldest);
 }
 
 static void request_arrived(struct loop_message *m)
@@ -143,6 +135,8 @@ static void request_arrived(struct loop_message *m)
 
     obey(slot);
     describe_oldest(slot);
+    if (slot->view_wanted)
+        gate_fill_view(slot);
     slot->answered = slot->seen;
     m->fn = request_returned;
     loop_post(slot->gate->control, m);
@@ -164,6 +158,7 @@ static void request_returned(struct loop_message *m)
     struct gate *gate = slot->gate;
 
     slot->request_home = true;
+    slot->view_wanted = false;
     if (slot->answered != atomic_get(&gate->wanted))
         send_request(slot);
     else if (gate->home_wait && !gate->home_wait->ended)
@@ -471,8 +466,29 @@ void gate_co_release(struct gate *gate)
         co_request_home(slot);
         assert(!slot->count && !slot->queued);
     }
-    for (unsigned i = 0; i < LOOP_MAX; i++)
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        if (gate->slots[i])
+            free(gate->slots[i]->view);
         free(gate->slots[i]);
+    }
+}
+
+bool gate_view_since(struct gate *gate, uint64_t since_ns)
+{
+    bool all = true;
+
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        struct gate_slot *slot = atomic_get(&gate->slots[i]);
+
+        if (!slot || (slot->request_home && slot->view && slot->view->taken_ns >= since_ns))
+            continue;
+        all = false;
+        if (slot->request_home) {
+            slot->view_wanted = true;
+            send_request(slot);
+        }
+    }
+    return all;
 }
 
 void gate_picture(const struct gate *gate, struct gate_picture *ret)

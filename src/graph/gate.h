@@ -70,6 +70,21 @@ struct gate_oldest {
     char node[NODE_NAME_MAX + 1]; /* the deepest that it has come to */
 };
 
+/* The requests of one loop that have come to one node, those included that have gone on below it. */
+struct gate_view_node {
+    char name[NODE_NAME_MAX + 1];
+    unsigned in_flight;
+    struct gate_oldest oldest;
+};
+
+#define GATE_VIEW_NODES 16
+
+struct gate_view {
+    uint64_t taken_ns;
+    unsigned count;
+    struct gate_view_node nodes[GATE_VIEW_NODES];
+};
+
 /* What one loop knows of a gate. */
 struct gate_slot {
     /* Constant. */
@@ -100,6 +115,8 @@ struct gate_slot {
     /* Written by the loop before it sends `request` back; the control thread's while that is home. */
     uint64_t answered;
     struct gate_oldest oldest;
+    struct gate_view *view; /* made when a query wants it; freed with the slot */
+    bool view_wanted;       /* written by the control thread while it is home */
 
     uint64_t drained_generation; /* as answered, for `drained` */
     struct loop_message request;
@@ -168,5 +185,11 @@ struct gate_picture {
 };
 
 void gate_picture(const struct gate *gate, struct gate_picture *ret);
+
+/* Have all loops said since then what they have inside? Those that have not are asked, if they can be. */
+bool control_fn gate_view_since(struct gate *gate, uint64_t since_ns);
+/* On the slot's loop. */
+void gate_describe(const struct pass *pass, struct gate_oldest *ret);
+void gate_fill_view(struct gate_slot *slot);
 
 #endif

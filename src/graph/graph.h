@@ -6,10 +6,18 @@
 #include "base/context.h"
 #include "base/error.h"
 #include "base/list.h"
+#include "graph/gate.h"
 #include "graph/node.h"
 
 struct graph;
 struct driver;
+
+/* Requests that have come to a node, those included that have gone on below it; the oldest, and the node that it is in. */
+struct node_load {
+    unsigned in_flight;
+    struct gate_oldest oldest;
+};
+
 struct node_options; /* generated: what blockdev-add takes */
 
 /* `drivers`: NULL-terminated lists of drivers, themselves NULL-terminated. All outlive the graph. */
@@ -59,6 +67,13 @@ void graph_for_each_orphan(struct graph *g, graph_orphan_fn *fn, void *arg);
 typedef void graph_edge_fn(const struct node *parent, const struct edge *edge, struct access access,
                            void *arg);
 void node_for_each_child(const struct node *node, graph_edge_fn *fn, void *arg);
+/*
+ * Looks what requests are on their way; node_load() shows it then. A loop that does not answer within 100 ms is left out.
+ */
+void co_fn control_fn graph_co_look(struct graph *g);
+void node_load(const struct node *node, struct node_load *ret);
+/* It takes no more metadata writes (D3). */
+bool node_needs_reopen(const struct node *node);
 /* The change that has reserved the node, as text; NULL if none. Borrowed. */
 const char *node_reserved_by(const struct node *node);
 

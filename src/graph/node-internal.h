@@ -71,6 +71,7 @@ struct node {
     struct change *reserved_by; /* G5 */
     struct access access;       /* of all users together */
     struct access told;         /* what a driver that guards it has been told last */
+    struct node_load load;      /* as a query has seen it last */
     bool touched;               /* by the change that tries to reserve what it needs */
     bool told_late;             /* it is to be told when the host has ended what it left (G9) */
 };

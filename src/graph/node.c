@@ -101,6 +101,11 @@ void node_set_read_only(struct node *node)
     node->settings.read_only = true;
 }
 
+bool node_needs_reopen(const struct node *node)
+{
+    return node->needs_reopen;
+}
+
 const char *node_reserved_by(const struct node *node)
 {
     return node->reserved_by ? node->reserved_by->what : NULL;

@@ -822,6 +822,58 @@ static bool can_write(struct world *w, const char *path)
     return r == 0;
 }
 
+/* What a query shows, within its bound (P4). */
+static void look_at(struct world *w, const char *node, unsigned in_flight, uint64_t offset,
+                    const char *where)
+{
+    struct node_load load;
+    uint64_t began = loop_clock();
+
+    graph_co_look(w->graph);
+    check(loop_clock() - began <= 110 * NS_PER_MS);
+    node_load(graph_find(w->graph, node), &load);
+    check(load.in_flight == in_flight && (load.oldest.arrived_ns > 0) == (in_flight > 0));
+    if (!in_flight)
+        return;
+    check(load.oldest.kind == REQUEST_WRITE && load.oldest.offset == offset);
+    check(strcmp(load.oldest.node, where) == 0);
+}
+
+/* The node at the top shows where below it its oldest request waits. */
+static void seen_from_above(struct world *w)
+{
+    struct sent s = {.there = true};
+    struct sent t = {.there = true};
+    struct backend *c;
+    struct sim_fault fault;
+
+    must_add(w->graph, "{'driver':'raw','node-name':'top','file':'a'}");
+    c = client(w, "top", "client");
+    look_at(w, "top", 0, 0, NULL);
+    hang(&fault, PATH_A, SIM_OP(IO_WRITE));
+    send_as(w, &s, c, REQUEST_WRITE, BLOCK, 'x');
+    pause_for(10 * NS_PER_MS);
+    send_as(w, &t, c, REQUEST_WRITE, 2 * BLOCK, 'x');
+    pause_for(10 * NS_PER_MS);
+    look_at(w, "top", 2, BLOCK, "a");
+    look_at(w, "a", 2, BLOCK, "a");
+    look_at(w, "b", 0, 0, NULL);
+    sim_stall(loop_thread_loop(w->io), loop_clock() + 500 * NS_PER_MS);
+    look_at(w, "top", 0, 0, NULL); /* it does not say in time */
+    pause_for(500 * NS_PER_MS);
+    release(&fault, PATH_A);
+    wait_done(&s);
+    wait_done(&t);
+    backend_co_free(c);
+    must_del(w->graph, "top");
+}
+
+static void test_change__query_shows_where_the_oldest_request_waits(void **state)
+{
+    (void)state;
+    everywhere(seen_from_above);
+}
+
 static void frozen(struct world *w)
 {
     AUTO(error_free) struct error *err = NULL;
@@ -839,6 +891,7 @@ static void frozen(struct world *w)
     start_watch(w, &watch, "a");
     pause_for(SOON);
     send_as(w, &reader, c, REQUEST_READ, 0, 0); /* waits at the gate */
+    look_at(w, "a", 1, 2 * BLOCK, "a");
     wait_watch(&watch);
     check(watch.result == -ETIMEDOUT && !watch.persisted);
     check(watch.ended_ns - began <= DEADLINE + SOON);

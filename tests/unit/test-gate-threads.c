@@ -129,6 +129,7 @@ static void changer_main(void *arg)
                  mind == FILTER_PARK ? ",'size':200000" : "");
         must_replace(w, "base", "f");
         watch_change(w, mind == 0);
+        graph_co_look(w->graph);
         must_replace(w, "f", "base");
         must_del(w->graph, "f");
     }
