@@ -287,7 +287,7 @@ int backup_job_co_new(struct backup_job **ret, struct jobs *jobs, struct graph *
     };
     struct backup_job *b;
     struct job *job;
-    int r = check_bitmap(o, err);
+    int r = o->job_id ? check_bitmap(o, err) : error_set(err, EINVAL, "a backup needs a job-id");
 
     if (r == 0)
         r = job_new(&job, jobs, &backup_ops, &options, err);
