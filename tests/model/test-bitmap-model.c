@@ -250,7 +250,9 @@ struct play {
     uint64_t seed;
     bool real;    /* threads: random spins */
     bool starved; /* now and then there is no memory */
+    bool once;    /* each block is made dirty once */
     struct bitmap *b;
+    uint64_t blocks;
     uint64_t spread; /* where a block begins, so that there are leaves and levels between them */
     uint64_t len;    /* and what a write to it makes dirty */
     uint32_t disk[BLOCKS];   /* atomic: grows with each write */
@@ -282,8 +284,9 @@ static void play_set(struct actor *a, uint64_t first, uint64_t count)
 static void play_write(struct actor *a)
 {
     struct play *w = a->play;
-    uint64_t first = prng_below(&a->prng, BLOCKS);
-    uint64_t count = w->len < w->spread ? 1 : 1 + prng_below(&a->prng, MIN(BLOCKS - first, 20u));
+    uint64_t first = prng_below(&a->prng, w->blocks);
+    uint64_t count =
+        w->len < w->spread ? 1 : 1 + prng_below(&a->prng, MIN(w->blocks - first, (uint64_t)20));
 
     play_set(a, first, count);
     for (uint64_t i = first; i < first + count; i++)
@@ -310,7 +313,7 @@ static bool play_take(struct play *w, uint64_t from, uint64_t max, uint64_t *ret
         return false;
     *ret_end = offset + len;
     check(len <= max);
-    for (uint64_t i = offset / w->spread; i < BLOCKS && i * w->spread < offset + len; i++) {
+    for (uint64_t i = offset / w->spread; i < w->blocks && i * w->spread < offset + len; i++) {
         if (i * w->spread >= offset) {
             uint32_t taken = atomic_add(&w->taken[i], 1) + 1;
 
@@ -321,6 +324,18 @@ static bool play_take(struct play *w, uint64_t from, uint64_t max, uint64_t *ret
     return true;
 }
 
+/* Half of the blocks are dirty from the start; writers set one each of the others, takers take. */
+static void act_once(struct actor *a)
+{
+    struct play *w = a->play;
+    uint64_t end;
+
+    for (uint64_t i = 2 * a->number + 1; i < w->blocks; i += 2 * ACTORS) {
+        play_set(a, i, 1);
+        (void)play_take(w, prng_below(&a->prng, w->blocks) * w->spread, 3 * w->len, &end);
+    }
+}
+
 static void act_there(void *arg)
 {
     struct actor *a = arg;
@@ -328,8 +343,12 @@ static void act_there(void *arg)
 
     if (w->real)
         sim_install_random_spins(w->seed * ACTORS + a->number + 1);
+    if (w->once) {
+        act_once(a);
+        return;
+    }
     for (unsigned i = 0; i < (w->real ? OPS_REAL : OPS); i++) {
-        uint64_t from = prng_below(&a->prng, BLOCKS) * w->spread;
+        uint64_t from = prng_below(&a->prng, w->blocks) * w->spread;
         uint64_t offset;
         uint64_t len;
         uint64_t end;
@@ -373,8 +392,8 @@ static void play_main(void *arg)
     bitmap_check(w->b);
     while (play_take(w, end, UINT64_MAX, &end))
         ;
-    for (unsigned i = 0; i < BLOCKS; i++)
-        check(w->copy[i] == w->disk[i]);
+    for (unsigned i = 0; i < w->blocks; i++)
+        check(w->once ? w->taken[i] == 1 : w->copy[i] == w->disk[i]);
     bitmap_check(w->b);
 }
 
@@ -400,7 +419,8 @@ static void play_begin(struct play *w, uint64_t seed)
     w->starved = prng_chance(&p, 300);
     w->spread = shapes[shape].spread;
     w->len = shapes[shape].len;
-    w->b = bitmap_new(BLOCKS * w->spread, GRANULE);
+    w->blocks = prng_chance(&p, 500) ? 4 : BLOCKS; /* crowded, or each for itself */
+    w->b = bitmap_new(w->blocks * w->spread, GRANULE);
     check(w->b);
 }
 
@@ -414,6 +434,47 @@ static void test_bitmap_model__nothing_is_lost_or_taken_twice(void **state)
         play_begin(&w, seed);
         sim_options_init(&o, seed);
         check(sim_run(&o, play_main, &w) == SIM_RETURNED);
+        bitmap_free(w.b);
+    }
+}
+
+/* C1, to the letter: what is dirty once is taken once. */
+static void once_begin(struct play *w, uint64_t seed)
+{
+    play_begin(w, seed);
+    w->once = true;
+    w->starved = false;
+    for (uint64_t i = 0; i < w->blocks; i++)
+        w->writes[i] = 1;
+    for (uint64_t i = 0; i < w->blocks; i += 2)
+        bitmap_set(w->b, i * w->spread, w->len);
+}
+
+static void test_bitmap_model__what_is_dirty_once_is_taken_once(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct play w;
+        struct sim_options o;
+
+        once_begin(&w, seed);
+        sim_options_init(&o, seed);
+        check(sim_run(&o, play_main, &w) == SIM_RETURNED);
+        bitmap_free(w.b);
+    }
+}
+
+static void test_bitmap_model__what_is_dirty_once_is_taken_once_on_threads(void **state)
+{
+    (void)state;
+    for (unsigned i = 0; i < 30; i++) {
+        struct play w;
+        struct error *err = NULL;
+
+        once_begin(&w, i + 1);
+        w.real = true;
+        if (loop_run_main(LOOP_ENGINE_THREADS, "main", play_main, &w, &err) < 0)
+            fail_msg("%s", error_text(err));
         bitmap_free(w.b);
     }
 }
