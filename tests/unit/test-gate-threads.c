@@ -168,7 +168,7 @@ static void run_on(enum loop_engine engine)
     uint8_t *data = xalloc(1, sizeof(w->flat));
     int fd;
 
-    (void)snprintf(w->path, sizeof(w->path), "test-gate-threads.XXXXXX");
+    (void)snprintf(w->path, sizeof(w->path), "/var/tmp/cairn-gate-threads.XXXXXX");
     fd = mkstemp(w->path);
     check(fd >= 0 && ftruncate(fd, (off_t)DISK_SIZE) == 0);
     on_engine(engine, body, w);
