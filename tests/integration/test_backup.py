@@ -479,12 +479,71 @@ def test_what_a_job_uses_is_not_for_others(target):
     target.refused("f", "blockdev-backup", job(name="c", target="u", filter_node_name="f"))
     for node in ("d", "t", "f"):
         target.refused(node, "blockdev-del", {"node-name": node})
+    for node in ("d", "t"):
+        target.refused(node, "block_resize", {"node-name": node, "size": 2 * SIZE})
+    # Who wrote to the disk itself now would go past the filter.
+    export = {"type": "nbd", "id": "late", "node-name": "d", "name": "late", "writable": True}
+    target.refused("d", "block-export-add", export)
     target.cancel()
     target.no_filters()
     assert target.count("m") == 32
     target.must("block-dirty-bitmap-clear", {"node": "d", "name": "m"})
     assert target.count("m") == 0
+    target.must("block-export-add", export)
     target.must("blockdev-del", {"node-name": "t"})
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_two_backups_of_one_disk_are_two_instants(target, first_ends_first):
+    target.node("u")
+    target.bitmap("m")
+    names = ["b", "c"] if first_ends_first else ["c", "b"]
+    instants = {}
+    with Writer(target) as writer:
+        for name, more in (("b", {"target": "t"}), ("c", {"target": "u", "bitmap": "m", "bitmap_mode": "on-success"})):
+            begin = time.monotonic()
+            target.start(name=name, speed=SLOW, cbw_latency_bound=5000, **more)
+            instants[name] = (begin, time.monotonic())
+            writer.goes_on(50)
+        for name in names:
+            target.must("block-job-set-speed", {"device": name, "speed": 0})
+            target.succeeded(name)
+            writer.goes_on(20)
+    for name, node in (("b", "t"), ("c", "u")):
+        writer.check_instant(target.content(node), *instants[name])
+    writer.check_last(target.content("d"))
+    target.no_filters()
+    target.start(target="u", sync="incremental", bitmap="m")
+    target.succeeded()
+    assert target.content("u") == target.content("d")
+
+
+def test_backup_of_a_backups_target(target):
+    """A node is the target of one job and the source of another one."""
+    before = target.content("d")
+    target.node("u")
+    target.start(speed=SLOW)
+    target.start(name="c", device="t", target="u", cbw_latency_bound=5000, speed=SLOW)
+    target.write(4095)
+    for name in ("b", "c"):
+        target.must("block-job-set-speed", {"device": name, "speed": 0})
+    target.succeeded("b")
+    target.succeeded("c")
+    assert target.content("t") == before
+    half = target.content("u")
+    clusters = [half[at:at + CLUSTER] for at in range(0, SIZE, CLUSTER)]
+    expected = [before[at:at + CLUSTER] for at in range(0, SIZE, CLUSTER)]
+    assert all(have in (want, bytes(CLUSTER)) for have, want in zip(clusters, expected))
+    assert bytes(CLUSTER) in clusters and target.nodes().keys() >= {"d", "t", "u"}
+    target.no_filters()
+
+
+def test_paused_job_at_a_low_speed_ends_at_once(target):
+    target.start(speed=1)
+    target.must("job-pause", {"id": "b"})
+    target.reach("paused")
+    target.cancel()
+    target.no_filters()
 
 
 def test_pause_speed_and_cancel(target):
