@@ -42,10 +42,10 @@ static const struct node *node_below(const struct node *node)
 static char *file_text(const struct node *node)
 {
     for (const struct node *n = node; n; n = node_below(n)) {
-        const struct driver *driver = node_driver(n);
+        const char *name = node_filename(n);
 
-        if (driver->filename)
-            return xstrdup(driver->filename(n));
+        if (name)
+            return xstrdup(name);
     }
     return xasprintf("%s://", node_driver(node)->name);
 }
@@ -53,12 +53,8 @@ static char *file_text(const struct node *node)
 static bool allocated(const struct node *node, uint64_t *ret_bytes)
 {
     for (const struct node *n = node; n; n = node_below(n)) {
-        const struct driver *driver = node_driver(n);
-
-        if (driver->allocated_bytes) {
-            *ret_bytes = driver->allocated_bytes(n);
+        if (node_allocated_bytes(n, ret_bytes))
             return true;
-        }
     }
     return false;
 }

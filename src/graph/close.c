@@ -127,7 +127,7 @@ bool graph_abandon_orphans(struct graph *g)
     co_scope_cancel(&g->closers);
     co_scope_join(&g->closers);
     list_for_each (&g->orphans, node, link) {
-        const char *file = node->driver->filename ? node->driver->filename(node) : NULL;
+        const char *file = node_filename(node);
 
         log_warning("node '%s': the host still holds buffers of it%s%s", node->name,
                     file ? ", of file " : "", file ? file : "");

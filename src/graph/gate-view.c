@@ -73,7 +73,7 @@ void gate_fill_view(struct gate_slot *slot)
         view_pass(slot->view, pass);
 }
 
-static bool all_since(struct graph *g, uint64_t since_ns)
+static bool control_fn all_since(struct graph *g, uint64_t since_ns)
 {
     struct backend *b;
     bool all = true;

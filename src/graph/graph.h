@@ -72,6 +72,9 @@ void node_for_each_child(const struct node *node, graph_edge_fn *fn, void *arg);
  */
 void co_fn control_fn graph_co_look(struct graph *g);
 void node_load(const struct node *node, struct node_load *ret);
+/* What the driver says of its file, for queries. NULL and false if it does not, or while the node opens or closes. Borrowed. */
+const char *node_filename(const struct node *node);
+bool node_allocated_bytes(const struct node *node, uint64_t *ret);
 /* It takes no more metadata writes (D3). */
 bool node_needs_reopen(const struct node *node);
 /* The change that has reserved the node, as text; NULL if none. Borrowed. */

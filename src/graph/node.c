@@ -101,6 +101,19 @@ void node_set_read_only(struct node *node)
     node->settings.read_only = true;
 }
 
+const char *node_filename(const struct node *node)
+{
+    return node->opened && node->driver->filename ? node->driver->filename(node) : NULL;
+}
+
+bool node_allocated_bytes(const struct node *node, uint64_t *ret)
+{
+    if (!node->opened || !node->driver->allocated_bytes)
+        return false;
+    *ret = node->driver->allocated_bytes(node);
+    return true;
+}
+
 bool node_needs_reopen(const struct node *node)
 {
     return node->needs_reopen;

@@ -874,6 +874,34 @@ static void test_change__query_shows_where_the_oldest_request_waits(void **state
     everywhere(seen_from_above);
 }
 
+static void add_main(void *arg)
+{
+    add_disk(arg, "slow", PATH_B);
+}
+
+/* A query comes while a node opens: it has a name, and no file yet. */
+static void half_made(struct world *w)
+{
+    struct sim_fault fault;
+    uint64_t bytes;
+
+    hang(&fault, PATH_B, SIM_OP(IO_OPEN));
+    check(co_scope_start(&w->scope, add_main, w) == 0);
+    pause_for(10 * NS_PER_MS);
+    check(!node_filename(graph_find(w->graph, "slow")));
+    check(!node_allocated_bytes(graph_find(w->graph, "slow"), &bytes));
+    release(&fault, PATH_B);
+    pause_for(SOON);
+    check(strcmp(node_filename(graph_find(w->graph, "slow")), PATH_B) == 0);
+    check(node_allocated_bytes(graph_find(w->graph, "slow"), &bytes));
+}
+
+static void test_change__query_comes_while_a_node_opens(void **state)
+{
+    (void)state;
+    everywhere(half_made);
+}
+
 static void frozen(struct world *w)
 {
     AUTO(error_free) struct error *err = NULL;
