@@ -904,7 +904,6 @@ static void test_change__query_comes_while_a_node_opens(void **state)
 
 static void frozen(struct world *w)
 {
-    AUTO(error_free) struct error *err = NULL;
     struct backend *c = client(w, "a", "export 'e0'");
     struct sent stuck = {.there = true};
     struct sent reader = {.there = true};

@@ -257,9 +257,9 @@ static void unknown_body(void *arg)
     for (size_t i = 0; i < ARRAY_SIZE(by_device) + ARRAY_SIZE(by_id); i++) {
         bool device = i < ARRAY_SIZE(by_device);
         AUTO(free_ptr)
-        char *text = xasprintf("{'execute': 'block-job-%s', 'arguments': {'%s': 'x'}}",
+        char *text = xasprintf("{'execute': 'block-job-%s', 'arguments': {'%s': 'x'%s}}",
                                device ? by_device[i] : by_id[i - ARRAY_SIZE(by_device)],
-                               device ? "device" : "id");
+                               device ? "device" : "id", i == 4 ? ", 'speed': 1" : "");
 
         say(&f, text);
         must_hear(&f, "{\"class\": \"DeviceNotActive\", \"desc\": \"there is no block job 'x'\"}");
