@@ -193,7 +193,7 @@ static int co_fn copy_piece(struct copy *c, struct copy_piece *piece, struct iob
         r = push_surely(c, piece, buf);
     if (r < 0)
         return r;
-    c->policy->pushed(c->arg, piece, r == 1);
+    c->policy->co_pushed(c->arg, piece, r == 1);
     return 0;
 }
 

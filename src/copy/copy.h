@@ -40,7 +40,7 @@ struct copy_policy {
      */
     int (*co_pull)(void *arg, struct copy_piece *piece, struct iobuf *buf);
     /* The piece is on the target; or is left out, for COPY_SKIP. */
-    void (*pushed)(void *arg, const struct copy_piece *piece, bool skipped);
+    void (*co_pushed)(void *arg, const struct copy_piece *piece, bool skipped);
     /* Waits while the job is paused; -ECANCELED ends the copy. Called between pieces. */
     int (*co_pause_point)(void *arg);
     /* A worker begins, or ends: how many coroutines come to co_pause_point. */

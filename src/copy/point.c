@@ -372,6 +372,17 @@ int point_co_pull(struct point *p, struct backend *source, struct copy_piece *pi
     return r;
 }
 
+void point_co_leave_out(struct point *p, uint64_t offset, uint64_t len)
+{
+    struct overlap_range range;
+
+    if (overlap_begin(&p->overlap, &range, offset, len, true) == 0) {
+        (void)caught(p, offset, len); /* without memory more is saved than need be */
+        overlap_end(&p->overlap, &range);
+    }
+    saved_forget(&p->saved, offset, len);
+}
+
 void point_release(struct point *p, uint64_t offset, uint64_t len)
 {
     saved_forget(&p->saved, offset, len);

@@ -68,6 +68,8 @@ int co_fn point_co_save(struct point *p, struct edge *source, struct request *re
 /* Gets a piece of the point, as copy_policy.co_pull; `source` leads to the same node. -ESTALE when the point is broken. */
 int co_fn point_co_pull(struct point *p, struct backend *source, struct copy_piece *piece,
                         struct iobuf *buf);
+/* Nobody will ask for this range: it is not saved any more, and what was saved of it can go. Waits for saves under way. */
+void co_fn point_co_leave_out(struct point *p, uint64_t offset, uint64_t len);
 /* The target has this: what was saved of it can go. */
 void point_release(struct point *p, uint64_t offset, uint64_t len);
 /* A saved range that should leave memory soon: there is, when half of the memory is in use. */

@@ -3,6 +3,7 @@
 #include "jobs/backup-engine.h"
 #include "base/alloc.h"
 #include "base/atomic.h"
+#include "base/checked.h"
 #include "base/macros.h"
 #include "filters/copy-before-write/copy-before-write.h"
 #include "graph/backend.h"
@@ -86,7 +87,7 @@ static int co_fn control_fn make_parts(struct backup *b, const struct backup_opt
 }
 
 static int backup_pull(void *arg, struct copy_piece *piece, struct iobuf *buf);
-static void backup_pushed(void *arg, const struct copy_piece *piece, bool skipped);
+static void backup_co_pushed(void *arg, const struct copy_piece *piece, bool skipped);
 static void backup_worker(void *arg, bool begins);
 static int backup_pause_point(void *arg);
 static enum copy_error_action backup_on_error(void *arg, int error, bool is_read);
@@ -94,7 +95,7 @@ static bool backup_urgent(void *arg, uint64_t *ret_offset, uint64_t *ret_len);
 
 static const struct copy_policy engine_policy = {
     .co_pull = backup_pull,
-    .pushed = backup_pushed,
+    .co_pushed = backup_co_pushed,
     .co_pause_point = backup_pause_point,
     .worker = backup_worker,
     .on_error = backup_on_error,
@@ -265,13 +266,16 @@ static int co_fn backup_pull(void *arg, struct copy_piece *piece, struct iobuf *
     return point_co_pull(b->point, b->source, piece, buf);
 }
 
-static void backup_pushed(void *arg, const struct copy_piece *piece, bool skipped)
+static void co_fn backup_co_pushed(void *arg, const struct copy_piece *piece, bool skipped)
 {
     struct backup *b = arg;
 
-    if (skipped)
+    if (skipped) {
         bitmap_set(b->skipped, piece->offset, piece->len);
-    point_release(b->point, piece->offset, piece->len);
+        point_co_leave_out(b->point, piece->offset, piece->len);
+    } else {
+        point_release(b->point, piece->offset, piece->len);
+    }
     (void)atomic_add(&b->done, piece->len);
 }
 
@@ -309,6 +313,37 @@ static bool backup_urgent(void *arg, uint64_t *ret_offset, uint64_t *ret_len)
     return point_urgent(b->point, ret_offset, ret_len);
 }
 
+/*
+ * Clusters that nobody has changed since the instant: what the source says of them now was so then. (A guest's discard may
+ * have given back a cluster that was there, and that has been saved.)
+ */
+static int co_fn leave_out(struct backup *b, uint64_t first, uint64_t last)
+{
+    uint64_t same;
+    uint64_t same_len;
+    int r = 0;
+
+    while (r == 0 && first < last &&
+           bitmap_next_dirty(point_uncaught(b->point), first, last, &same, &same_len)) {
+        uint64_t from = align_up(same, BACKUP_CLUSTER);
+        uint64_t to = align_down(same + same_len, BACKUP_CLUSTER);
+        uint64_t offset;
+        uint64_t len;
+
+        first = same + same_len;
+        while (r == 0 && from < to && bitmap_next_dirty(b->work, from, to, &offset, &len)) {
+            r = bitmap_claim(b->work, offset, len, &offset, &len);
+            if (r < 0)
+                break;
+            r = 0;
+            from = offset + len;
+            (void)atomic_sub(&b->total, len);
+            point_co_leave_out(b->point, offset, len);
+        }
+    }
+    return r;
+}
+
 /* BACKUP_TOP: what the source does not hold itself is not copied. */
 static int co_fn leave_out_unallocated(struct backup *b)
 {
@@ -329,18 +364,9 @@ static int co_fn leave_out_unallocated(struct backup *b)
         if (r == 0)
             r = backend_co_request(b->source, &req);
         for (unsigned i = 0; r == 0 && i < extents.count; i++) {
-            uint64_t first = (v[i].offset + BACKUP_CLUSTER - 1) / BACKUP_CLUSTER * BACKUP_CLUSTER;
-            uint64_t last = (v[i].offset + v[i].len) / BACKUP_CLUSTER * BACKUP_CLUSTER;
-            uint64_t offset;
-            uint64_t len;
-
             at = v[i].offset + v[i].len;
-            while (!(v[i].flags & EXTENT_ALLOCATED) && first < last && r == 0 &&
-                   bitmap_next_dirty(b->work, first, last, &offset, &len)) {
-                r = bitmap_claim(b->work, offset, len, &offset, &len);
-                r = MIN(r, 0);
-                (void)atomic_sub(&b->total, len);
-            }
+            if (!(v[i].flags & EXTENT_ALLOCATED))
+                r = leave_out(b, v[i].offset, at);
         }
     }
     return r;
