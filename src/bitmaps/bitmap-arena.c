@@ -9,6 +9,12 @@
 
 _Static_assert(BITMAP_ARENA_FIRST == 1u << BITMAP_ARENA_FIRST_BITS, "the first segment");
 
+/* How many there are, and also the first index. */
+static size_t segment_nodes(unsigned number)
+{
+    return (size_t)BITMAP_ARENA_FIRST << number;
+}
+
 void bitmap_arena_init(struct bitmap_arena *a)
 {
     *a = (struct bitmap_arena){.next = BITMAP_ARENA_FIRST};
@@ -17,19 +23,15 @@ void bitmap_arena_init(struct bitmap_arena *a)
 void bitmap_arena_reset(struct bitmap_arena *a)
 {
     for (unsigned i = 0; i < BITMAP_ARENA_SEGMENTS; i++)
-        free(a->segments[i]);
+        if (a->segments[i])
+            free((void *)(a->segments[i] + segment_nodes(i) * BITMAP_NODE_BYTES));
     bitmap_arena_init(a);
-}
-
-static size_t segment_nodes(unsigned number)
-{
-    return (size_t)BITMAP_ARENA_FIRST << number;
 }
 
 static bool have_segment(struct bitmap_arena *a, uint32_t index)
 {
-    unsigned number = 31 - (unsigned)__builtin_clz(index) - BITMAP_ARENA_FIRST_BITS;
-    struct bitmap_node *expected = NULL;
+    unsigned number = bitmap_arena_segment(index);
+    uintptr_t expected = 0;
     struct bitmap_node *fresh;
 
     if (atomic_get(&a->segments[number]))
@@ -37,7 +39,8 @@ static bool have_segment(struct bitmap_arena *a, uint32_t index)
     fresh = try_new_n(struct bitmap_node, segment_nodes(number));
     if (!fresh)
         return false;
-    if (!atomic_cas(&a->segments[number], &expected, fresh))
+    if (!atomic_cas(&a->segments[number], &expected,
+                    (uintptr_t)fresh - segment_nodes(number) * BITMAP_NODE_BYTES))
         free(fresh); /* somebody else was faster */
     return true;
 }

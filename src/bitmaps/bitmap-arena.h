@@ -28,8 +28,11 @@ struct bitmap_node {
 };
 
 struct bitmap_arena {
-    /* All atomic. A segment that is there stays until the arena is reset. */
-    struct bitmap_node *segments[BITMAP_ARENA_SEGMENTS];
+    /*
+     * All atomic. A segment that is there stays until the arena is reset. It is held as the address that index 0 would have if
+     * the segment went down to there, so that an index is turned into an address by one multiplication.
+     */
+    uintptr_t segments[BITMAP_ARENA_SEGMENTS];
     uint64_t free; /* the first node that was given back; the upper half counts changes (ABA) */
     uint32_t next; /* the first index that was never used */
     uint32_t used;
@@ -48,13 +51,18 @@ uint64_t bitmap_arena_memory(const struct bitmap_arena *a);
 /* Nodes in the list of what was given back. Nobody is in the arena. */
 uint32_t bitmap_arena_free_count(const struct bitmap_arena *a);
 
+/* The number of the segment that an index lies in. */
+static inline unsigned bitmap_arena_segment(uint32_t index)
+{
+    return 31 - BITMAP_ARENA_FIRST_BITS - (unsigned)__builtin_clz(index);
+}
+
 static inline struct bitmap_node *bitmap_arena_node(const struct bitmap_arena *a, uint32_t index)
 {
-    unsigned bits = 31 - (unsigned)__builtin_clz(index);
     /* Relaxed: the segment was put in place before its first index was, and that one was loaded in order. */
-    struct bitmap_node *segment = atomic_get_relaxed(&a->segments[bits - BITMAP_ARENA_FIRST_BITS]);
+    uintptr_t origin = atomic_get_relaxed(&a->segments[bitmap_arena_segment(index)]);
 
-    return &segment[index ^ (1u << bits)];
+    return (struct bitmap_node *)(origin + (uintptr_t)index * BITMAP_NODE_BYTES);
 }
 
 #endif

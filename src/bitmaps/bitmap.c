@@ -41,6 +41,7 @@ struct bitmap {
     /* Atomic. */
     uint32_t root;
     uint32_t inexact;
+    struct bitmap_node *top; /* where the root leads to, if it is known to be a node */
     struct bitmap_arena arena;
 };
 
@@ -146,7 +147,7 @@ static inline void set_in_word(uint64_t *word, uint64_t mask)
 }
 
 /* Granules first .. last of a leaf. */
-static inline void set_in_leaf(struct bitmap_node *leaf, uint64_t first, uint64_t last)
+static void set_in_leaf(struct bitmap_node *leaf, uint64_t first, uint64_t last)
 {
     uint64_t word = first / 64;
 
@@ -219,10 +220,21 @@ static void set_below(struct bitmap *b, uint32_t *entry, unsigned level, uint64_
     }
 }
 
+static void set_slowly(struct bitmap *b, uint64_t first, uint64_t last)
+{
+    uint32_t root;
+
+    set_below(b, &b->root, b->levels, first, last);
+    root = atomic_get(&b->root);
+    if (is_node(root))
+        atomic_set(&b->top, node_at(b, root)); /* it stays there until drained */
+}
+
+/* The short way is for what is in one word of a leaf that is there. */
 void bitmap_set(struct bitmap *b, uint64_t offset, uint64_t len)
 {
-    unsigned level = b->levels;
-    uint32_t entry = atomic_get(&b->root);
+    struct bitmap_node *node = atomic_get(&b->top);
+    unsigned bits = level_bits(b->levels);
     uint64_t first;
     uint64_t last;
 
@@ -230,19 +242,23 @@ void bitmap_set(struct bitmap *b, uint64_t offset, uint64_t len)
         return;
     first = offset >> b->granularity_bits;
     last = (offset + MIN(len, b->size - offset) - 1) >> b->granularity_bits;
-    if (unlikely((first ^ last) >> LEAF_BITS)) {
-        set_below(b, &b->root, level, first, last);
+    if (unlikely(!node || (first ^ last) / 64)) {
+        set_slowly(b, first, last);
         return;
     }
-    while (level && is_node(entry)) {
-        level--;
-        entry = atomic_get(
-            &node_at(b, entry)->entries[(first >> level_bits(level)) % BITMAP_NODE_ENTRIES]);
+    while (bits > LEAF_BITS) {
+        uint32_t entry;
+
+        bits -= INNER_BITS;
+        entry = atomic_get(&node->entries[(first >> bits) % BITMAP_NODE_ENTRIES]);
+        if (unlikely(!is_node(entry))) {
+            if (entry == EMPTY)
+                set_slowly(b, first, last);
+            return;
+        }
+        node = node_at(b, entry);
     }
-    if (likely(is_node(entry)))
-        set_in_leaf(node_at(b, entry), first % span(0), last % span(0));
-    else if (entry != FULL)
-        set_below(b, &b->root, b->levels, first, last);
+    set_in_word(&node->words[first / 64 % BITMAP_NODE_WORDS], word_mask(first % 64, last % 64));
 }
 
 /* ---- runs: finding and claiming ---- */
@@ -460,6 +476,7 @@ void bitmap_clear(struct bitmap *b)
 {
     bitmap_arena_reset(&b->arena);
     b->root = EMPTY;
+    b->top = NULL;
     b->inexact = 0;
 }
 
@@ -524,6 +541,7 @@ void bitmap_resize(struct bitmap *b, uint64_t size)
     uint64_t kept = MIN(granules, b->granules);
 
     assert(size <= (uint64_t)1 << 63);
+    b->top = NULL;
     if (!kept)
         bitmap_clear(b);
     else if (kept < span(b->levels))
@@ -579,6 +597,7 @@ int bitmap_merge(struct bitmap *dst, const struct bitmap *src)
 
     if (dst == src)
         return 0;
+    dst->top = NULL;
     if (dst->granularity_bits == src->granularity_bits && dst->size == src->size &&
         dst->levels == src->levels)
         merge_below(dst, &dst->root, src, src->root, src->levels);

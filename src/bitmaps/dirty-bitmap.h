@@ -126,7 +126,7 @@ struct dirty_bitmap_picture {
 
 /* The bitmaps of a node, oldest first; what a change that is not committed has made is not among them. */
 typedef void dirty_bitmap_fn(const struct dirty_bitmap_picture *picture, void *arg);
-void control_fn dirty_bitmap_for_each(const struct node *node, dirty_bitmap_fn *fn, void *arg);
-unsigned control_fn dirty_bitmap_count(const struct node *node);
+void dirty_bitmap_for_each(const struct node *node, dirty_bitmap_fn *fn, void *arg);
+unsigned dirty_bitmap_count(const struct node *node);
 
 #endif
