@@ -3,14 +3,12 @@
 #ifndef CAIRN_CONTROL_DESCRIBE_BITMAPS_H
 #define CAIRN_CONTROL_DESCRIBE_BITMAPS_H
 
-#include "base/context.h"
-
 #include <stdbool.h>
 
 struct block_dirty_info_array; /* generated */
 struct node;
 
-/* False: the node has none. */
-bool control_fn describe_bitmaps(const struct node *node, struct block_dirty_info_array *ret);
+/* On the control thread. False: the node has none. */
+bool describe_bitmaps(const struct node *node, struct block_dirty_info_array *ret);
 
 #endif

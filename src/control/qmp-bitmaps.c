@@ -24,8 +24,9 @@ static void hex(char *out, const uint8_t *bytes, size_t count)
 }
 
 /* One step: the bitmap is looked up anew, since it may have gone meanwhile. Returns how many bytes of bits are left. */
-static int64_t hash_step(EVP_MD_CTX *hash, struct graph *graph, struct dirty_bitmap_ref ref,
-                         uint64_t done, uint8_t *buf, struct error **err)
+static int64_t control_fn hash_step(EVP_MD_CTX *hash, struct graph *graph,
+                                    struct dirty_bitmap_ref ref, uint64_t done, uint8_t *buf,
+                                    struct error **err)
 {
     const struct bitmap *bits;
     struct dirty_bitmap *d;
@@ -48,8 +49,9 @@ static int64_t hash_step(EVP_MD_CTX *hash, struct graph *graph, struct dirty_bit
     return (int64_t)(bytes - done - step);
 }
 
-static int co_fn hash_bitmap(EVP_MD_CTX *hash, struct graph *graph, struct dirty_bitmap_ref ref,
-                             uint8_t *ret_digest, struct error **err)
+static int co_fn control_fn hash_bitmap(EVP_MD_CTX *hash, struct graph *graph,
+                                        struct dirty_bitmap_ref ref, uint8_t *ret_digest,
+                                        struct error **err)
 {
     AUTO(free_ptr) uint8_t *buf = try_alloc(1, HASH_STEP);
     uint64_t done = 0;

@@ -28,8 +28,8 @@
 /* ---- the bitmaps of an export ---- */
 
 /* The node that has the bitmap of an option. */
-static const char *bitmap_node(struct graph *graph, const char *export_node,
-                               const struct block_dirty_bitmap_or_str *option)
+static const char *control_fn bitmap_node(struct graph *graph, const char *export_node,
+                                          const struct block_dirty_bitmap_or_str *option)
 {
     struct node *node;
 
