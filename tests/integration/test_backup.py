@@ -620,6 +620,33 @@ def test_quit_ends_a_running_job(target):
         assert sequence >= (writer.history[block][-1][0] if block in writer.history else 0)
 
 
+def test_quit_with_jobs_at_rest(target):
+    target.disk("e", stamps=True)
+    target.node("u")
+    target.start(speed=1)
+    target.must("job-pause", {"id": "b"})
+    target.reach("paused")
+    target.start(name="c", device="e", target="u", auto_finalize=False)
+    target.reach("pending", "c")
+    target.must("quit")
+    assert target.daemon.wait() == 0
+
+
+def test_saved_blocks_leave_memory_before_scratch_is_needed(target):
+    """There is no scratch space, and more is overwritten than memory holds: what was saved goes to the target first."""
+    before = target.content("d")
+    target.start(cbw_ram=MIB, cbw_scratch_max=0, cbw_latency_bound=5000, speed=3 * MIB,
+                 x_perf={"max-workers": 1, "max-chunk": 64 * KIB})
+    h = target.connect()
+    for block in range(4095, 3071, -16):  # from the far end, where the copy comes last: 64 clusters
+        h.pwrite(b"x" * 16 * BLOCK, (block - 15) * BLOCK)
+        time.sleep(0.03)
+    h.shutdown()
+    target.must("block-job-set-speed", {"device": "b", "speed": 0})
+    target.succeeded()
+    assert target.content("t") == before
+
+
 def test_target_without_space_fails_the_job_alone(tiny, host):
     host.bitmap("m")
     host.write(*range(0, 1024, 16))
