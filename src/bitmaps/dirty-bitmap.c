@@ -90,8 +90,9 @@ static void group_closed(struct tracker *t)
 {
     struct node_bitmaps *group = container_of(t, struct node_bitmaps, tracker);
     struct dirty_bitmap *d;
+    struct dirty_bitmap *next;
 
-    while ((d = list_first(&group->bitmaps, struct dirty_bitmap, link))) {
+    list_for_each_safe (&group->bitmaps, d, next, link) {
         list_remove(&d->link);
         if (!d->owner) /* else it is freed by dirty_bitmap_release() */
             dirty_bitmap_free(d);
@@ -193,15 +194,19 @@ static int find_ref(const struct change *c, struct graph *graph, const struct di
                     struct dirty_bitmap **ret, struct error **err)
 {
     const struct dirty_bitmap_action *added;
+    struct dirty_bitmap *d;
     struct node *node;
     int r = graph_need(graph, ref->node, &node, err);
 
     if (r < 0)
         return r;
     added = pending(c, &add_ops, NULL, ref);
-    *ret = added ? added->bitmap : find(node, ref->name);
-    if (!*ret)
-        return error_set(err, ENOENT, "node '%s' has no dirty bitmap '%s'", ref->node, ref->name);
+    d = added ? added->bitmap : find(node, ref->name);
+    if (!d) {
+        error_set(err, ENOENT, "node '%s' has no dirty bitmap '%s'", ref->node, ref->name);
+        return -ENOENT;
+    }
+    *ret = d;
     return 0;
 }
 
@@ -217,12 +222,16 @@ int dirty_bitmap_need(const struct change *c, struct graph *graph, struct dirty_
         return r;
     frozen = pending(c, &freeze_ops, d, NULL);
     owner = frozen ? frozen->owner : d->owner;
-    if (owner)
-        return error_set(err, EBUSY, "dirty bitmap '%s' of node '%s' is in use by %s", ref.name,
-                         ref.node, owner);
-    if (pending(c, &remove_ops, d, NULL))
-        return error_set(err, EBUSY, "dirty bitmap '%s' of node '%s' is being removed", ref.name,
-                         ref.node);
+    if (owner) {
+        error_set(err, EBUSY, "dirty bitmap '%s' of node '%s' is in use by %s", ref.name, ref.node,
+                  owner);
+        return -EBUSY;
+    }
+    if (pending(c, &remove_ops, d, NULL)) {
+        error_set(err, EBUSY, "dirty bitmap '%s' of node '%s' is being removed", ref.name,
+                  ref.node);
+        return -EBUSY;
+    }
     *ret = d;
     return 0;
 }

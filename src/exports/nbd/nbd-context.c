@@ -11,6 +11,7 @@
 #include "graph/driver.h"
 #include "schema-types.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -292,6 +293,7 @@ int nbd_co_block_status(struct nbd_request *req)
         result = add_allocation(&s);
         end_chunk(&s, NBD_CONTEXT_ALLOCATION);
     }
+    assert(s.last); /* check() has seen that there is one */
     store_be16(s.last + 4, NBD_REPLY_FLAG_DONE);
     req->payload = req->buf->data;
     req->payload_len = (size_t)(s.at - req->buf->data);

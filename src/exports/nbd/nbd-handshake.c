@@ -251,6 +251,7 @@ static int co_fn send_contexts(struct nbd_connection *c, uint32_t option, uint64
         if (!(wanted & (uint64_t)1 << id))
             continue;
         store_be32(reply, id);
+        /* NOLINTNEXTLINE(bugprone-not-null-terminated-result): strings on the wire have a length */
         memcpy(reply + 4, name, strlen(name));
         r = send_reply(c, option, NBD_REP_META_CONTEXT, reply, 4 + strlen(name));
     }
