@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 
+import jobs
 import report
 import rows as rowlib
 import servers
@@ -194,11 +195,15 @@ def run_compare(args):
     begin = time.monotonic()
     results = run_rows(field, rows, [*names, twin], settings, failures)
     servers.stop_all()
+    job_names = jobs.select(args.rows)
+    job_data, job_lines, job_failures = (
+        jobs.run(job_names, args, settings, fill, field.dirs["tmpfs"]) if job_names else ({}, [], []))
+    failures += job_failures
     starts = measure_starts(programs, names, field.dirs["tmpfs"], settings.starts) if not args.no_start else {}
     data = {
         "machine": machine, "versions": {n: versions[n] for n in names}, "quick": args.quick,
         "settings": vars(settings), "seconds": time.monotonic() - begin, "subject": subject, "twin_of": twin_of,
-        "results": results, "starts": starts, "failures": failures,
+        "results": results, "jobs": job_data, "job_lines": job_lines, "starts": starts, "failures": failures,
         "verdicts": {r.name: rowlib.judge(r, results[r.name], subject, twin) for r in rows} if subject else {},
     }
     text = report.compare(data, rows, names, twin)
@@ -267,7 +272,7 @@ def parse_arguments():
         p.error("--pairs wants a number above 0")
     if args.placement is None:
         args.placement = "one-cpu" if args.quick or args.ab else "both"
-    if not chosen_rows(args):
+    if not chosen_rows(args) and (args.ab or not jobs.select(args.rows)):
         p.error(f"no row matches '{args.rows}' with placement {args.placement} (see --list)")
     return args
 
@@ -275,7 +280,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     if args.list:
-        print("\n".join(r.name for r in chosen_rows(args)))
+        print("\n".join([*(r.name for r in chosen_rows(args)), *jobs.select(args.rows)]))
         return 0
     # A signal ends us through the atexit handlers, which stop the servers and remove the files.
     for number in (signal.SIGTERM, signal.SIGHUP):

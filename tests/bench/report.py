@@ -133,6 +133,7 @@ def compare(data, rows, names, twin):
              "from run to run. On one CPU the figures repeat to a few per cent; rows that end in `-free` are left to "
              "the scheduler."]
     lines += _points(data, rows, names, twin)
+    lines += data["job_lines"]
     if data["starts"]:
         lines += ["", "## Start and idle", "",
                   "Fresh processes, one at a time. The time counts from before the fork and includes it.", ""]
