@@ -143,9 +143,10 @@ def measure_guest(daemon, load, depth, seconds):
         guest = daemon.load_start(load, seconds, "--op", "randwrite", "--depth", str(depth))
         found[state], found[state + "_slow"] = daemon.load_end(guest), daemon.load_end(slow)
         if state == "busy":
-            if not daemon.qmp.command("query-jobs"):
-                raise RuntimeError(f"{daemon.name}: the backup ended before the measurement")
-            daemon.qmp.wait_gone()
+            ended = not daemon.qmp.command("query-jobs")
+            daemon.qmp.wait_gone()  # says why, when it failed
+            if ended:
+                raise RuntimeError("the backup ended before the measurement")
     return found
 
 
