@@ -87,9 +87,10 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
     uint64_t granule = bitmap_granularity(c->work);
     uint64_t offset;
     uint64_t len;
-    uint64_t max;
+    uint64_t zeroes;
     int r;
 
+    piece->zero = false;
     if (c->policy->urgent && c->policy->urgent(c->arg, &offset, &len)) {
         /* Whole granules: a claim from within one would take its bit for the first part as well. */
         len = align_up(offset + len, granule) - align_down(offset, granule);
@@ -103,8 +104,9 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
     if (!bitmap_next_dirty(c->work, c->next, c->size, &offset, &len) &&
         !bitmap_next_dirty(c->work, 0, c->size, &offset, &len))
         return 0;
-    max = MAX(zero_hint(c, offset), c->chunk); /* yields: others may have claimed it meanwhile */
-    r = bitmap_claim(c->work, offset, max, &piece->offset, &piece->len);
+    zeroes = zero_hint(c, offset); /* yields: others may have claimed it meanwhile */
+    r = bitmap_claim(c->work, offset, MAX(zeroes, c->chunk), &piece->offset, &piece->len);
+    piece->zero = zeroes > 0;
     if (r == 0)
         r = bitmap_claim(c->work, 0, c->chunk, &piece->offset, &piece->len);
     if (r <= 0)

@@ -36,7 +36,8 @@ enum copy_error_action { COPY_FAIL, COPY_RETRY, COPY_SKIP };
 struct copy_policy {
     /*
      * Gets data of [piece.offset, + piece.len), or of a first part of it: shortens piece.len, sets piece.zero or fills buf.
-     * At most buf->size bytes of data, COPY_ZERO_MAX of zeroes.
+     * At most buf->size bytes of data, COPY_ZERO_MAX of zeroes. piece.zero comes in as a hint: asking for the extents of data,
+     * piece by piece, would cost more than copying it, since a host may walk the whole file to find the next hole.
      */
     int (*co_pull)(void *arg, struct copy_piece *piece, struct iobuf *buf);
     /* The piece is on the target; or is left out, for COPY_SKIP. */

@@ -262,9 +262,9 @@ int point_co_save(struct point *p, struct edge *source, struct request *req)
     return 0;
 }
 
-/* What a first part of an uncaught run is: zeroes, or data that is read into the buffer. The range is held. */
-static int co_fn catch_piece(struct point *p, struct backend *source, struct pass *pass,
-                             struct copy_piece *piece, struct iobuf *buf)
+/* 1: a first part of an uncaught run reads as zeroes, and is caught. 0: it is data, as long as piece->len says. */
+static int co_fn catch_zeroes(struct point *p, struct backend *source, struct pass *pass,
+                              struct copy_piece *piece)
 {
     struct extent v[1];
     struct extents extents = {.v = v, .max = 1};
@@ -275,7 +275,28 @@ static int co_fn catch_piece(struct point *p, struct backend *source, struct pas
         .extents = &extents,
         .pass = pass,
     };
-    struct iovec iov = {buf->data, 0};
+    int r = backend_co_request(source, &ask);
+
+    if (r < 0 || !extents.count)
+        return 0; /* then it is read: data is always true */
+    if (!(v[0].flags & EXTENT_ZERO)) {
+        piece->len = MIN(piece->len, align_up(v[0].len, POINT_BLOCK));
+        return 0;
+    }
+    if (v[0].len < POINT_BLOCK && v[0].len < piece->len)
+        return 0; /* a block that is zero in part is data */
+    if (v[0].len < piece->len)
+        piece->len = align_down(v[0].len, POINT_BLOCK);
+    piece->zero = true;
+    r = caught(p, piece->offset, piece->len);
+    return r < 0 ? r : 1;
+}
+
+/* A first part of an uncaught run, as zeroes or in the buffer. The range is held. */
+static int co_fn catch_piece(struct point *p, struct backend *source, struct pass *pass,
+                             bool maybe_zero, struct copy_piece *piece, struct iobuf *buf)
+{
+    struct iovec iov;
     struct request read = {
         .kind = REQUEST_READ,
         .offset = piece->offset,
@@ -284,20 +305,12 @@ static int co_fn catch_piece(struct point *p, struct backend *source, struct pas
         .hold = buf,
         .pass = pass,
     };
-    int r = backend_co_request(source, &ask);
+    int r = maybe_zero ? catch_zeroes(p, source, pass, piece) : 0;
 
-    /* Blocks that are zero in part are data. */
-    if (r == 0 && extents.count && (v[0].flags & EXTENT_ZERO) &&
-        (v[0].len >= POINT_BLOCK || v[0].len == piece->len)) {
-        piece->zero = true;
-        if (v[0].len < piece->len)
-            piece->len = align_down(v[0].len, POINT_BLOCK);
-        return caught(p, piece->offset, piece->len);
-    }
+    if (r != 0)
+        return MIN(r, 0);
     piece->len = MIN(piece->len, (uint64_t)buf->size);
-    if (r == 0 && extents.count && !(v[0].flags & EXTENT_ZERO))
-        piece->len = MIN(piece->len, align_up(v[0].len, POINT_BLOCK));
-    iov.iov_len = (size_t)piece->len;
+    iov = (struct iovec){buf->data, (size_t)piece->len};
     read.len = piece->len;
     r = backend_co_request(source, &read);
     return r < 0 ? r : caught(p, piece->offset, piece->len);
@@ -328,7 +341,7 @@ static int co_fn read_saved(struct point *p, struct copy_piece *piece, struct io
 
 /* With the gate passed and the range held: the source's part of a piece. 1: there is none, it has been saved. */
 static int co_fn pull_from_source(struct point *p, struct backend *source, struct pass *pass,
-                                  struct copy_piece *piece, struct iobuf *buf)
+                                  bool maybe_zero, struct copy_piece *piece, struct iobuf *buf)
 {
     struct overlap_range range;
     uint64_t offset;
@@ -344,7 +357,7 @@ static int co_fn pull_from_source(struct point *p, struct backend *source, struc
         r = 1;
     } else {
         piece->len = MIN(len, piece->len);
-        r = catch_piece(p, source, pass, piece, buf);
+        r = catch_piece(p, source, pass, maybe_zero, piece, buf);
     }
     overlap_end(&p->overlap, &range);
     return r;
@@ -353,6 +366,7 @@ static int co_fn pull_from_source(struct point *p, struct backend *source, struc
 int point_co_pull(struct point *p, struct backend *source, struct copy_piece *piece,
                   struct iobuf *buf)
 {
+    bool maybe_zero = piece->zero;
     struct pass pass;
     int r;
 
@@ -362,7 +376,7 @@ int point_co_pull(struct point *p, struct backend *source, struct copy_piece *pi
         r = backend_co_enter(source, &pass);
         if (r < 0)
             return r;
-        r = pull_from_source(p, source, &pass, piece, buf);
+        r = pull_from_source(p, source, &pass, maybe_zero, piece, buf);
         backend_leave(source, &pass);
     } while (r == -ERESTART);
     if (r == 1)
