@@ -279,6 +279,8 @@ static void test_gate__drain_ends_at_its_deadline_and_says_what_is_left(void **s
     everywhere(drain_in_vain);
 }
 
+static uint32_t hogging; /* atomic: the loop looks up no more */
+
 /* Keeps its loop from doing anything else. */
 static void hog(void *arg)
 {
@@ -288,6 +290,7 @@ static void hog(void *arg)
     v->result = gate_attach(&v->world->gate, &slot);
     if (v->result == 0)
         co_yield ();
+    atomic_set(&hogging, 1u);
     for (uint64_t until = loop_clock() + v->stay_ns; loop_clock() < until;)
         ;
 }
@@ -300,12 +303,14 @@ static void silent_loop(void *arg)
     struct error *err = NULL;
     struct co_scope scope;
 
+    atomic_set(&hogging, 0u);
     world_init(w);
     co_scope_init(&scope);
     attach.loop = v.loop = loop_thread_loop(w->threads[1]);
     visit_there(&attach);
     assert_int_equal(co_scope_start(&scope, visit_there, &v), 0);
-    co_sleep_until(loop_clock() + 20 * NS_PER_MS);
+    while (!atomic_get(&hogging))
+        co_sleep_until(loop_clock() + NS_PER_MS);
     gate_close(&w->gate);
     assert_int_equal(gate_co_drained(&w->gate, "test", loop_clock() + 150 * NS_PER_MS, &err),
                      -ETIMEDOUT);
