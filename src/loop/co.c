@@ -162,7 +162,7 @@ static void co_reap(struct co *co)
         co_free(co);
     }
     if (--scope->count == 0) {
-        if (scope->joiner)
+        if (scope->joiner && !scope->joiner->ended)
             co_wait_end(scope->joiner, 0);
         if (scope->on_empty)
             scope->on_empty(scope);

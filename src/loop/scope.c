@@ -66,7 +66,8 @@ void co_scope_join(struct co_scope *s)
     struct scope_join join = {.scope = s};
 
     assert(!s->joiner);
-    if (s->count) {
+    /* Again if another one was started after the last had ended and before this one ran. */
+    while (s->count) {
         co_wait_init(&join.wait, join_cancel);
         s->joiner = &join.wait;
         co_wait(&join.wait, LOOP_FOREVER);
