@@ -55,8 +55,8 @@ static int co_fn wait_for_rate(struct copy *c, uint64_t bytes)
     return 0;
 }
 
-/* Whether zeroes begin at an offset, and how far they or the data reach, as far as the source said lately: a hint. */
-static uint64_t co_fn zero_hint(struct copy *c, uint64_t offset)
+/* How far zeroes, or data, reach from an offset, as the source said lately: a hint. */
+static uint64_t co_fn look_ahead(struct copy *c, uint64_t offset, bool *ret_zero)
 {
     struct extent v[1];
     struct extents extents = {.v = v, .max = 1};
@@ -67,18 +67,18 @@ static uint64_t co_fn zero_hint(struct copy *c, uint64_t offset)
         .extents = &extents,
     };
 
+    *ret_zero = false;
     if (!c->source)
-        return 0;
+        return c->chunk;
     if (offset < c->hint_offset || offset >= c->hint_offset + c->hint_len) {
+        bool told = backend_co_request(c->source, &req) == 0 && extents.count; /* yields */
+
         c->hint_offset = offset;
-        c->hint_len = req.len;
-        c->hint_zero = false;
-        if (backend_co_request(c->source, &req) == 0 && extents.count) {
-            c->hint_len = v[0].len;
-            c->hint_zero = v[0].flags & EXTENT_ZERO;
-        }
+        c->hint_len = told ? v[0].len : req.len;
+        c->hint_zero = told && (v[0].flags & EXTENT_ZERO);
     }
-    return c->hint_zero ? c->hint_offset + c->hint_len - offset : 0;
+    *ret_zero = c->hint_zero;
+    return c->hint_offset + c->hint_len - offset;
 }
 
 /* C1. The next run, from where the last claim ended, or of what is urgent. 1: claimed. 0: there is none. */
@@ -87,7 +87,8 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
     uint64_t granule = bitmap_granularity(c->work);
     uint64_t offset;
     uint64_t len;
-    uint64_t zeroes;
+    uint64_t reach;
+    bool zero;
     int r;
 
     piece->zero = false;
@@ -104,9 +105,10 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
     if (!bitmap_next_dirty(c->work, c->next, c->size, &offset, &len) &&
         !bitmap_next_dirty(c->work, 0, c->size, &offset, &len))
         return 0;
-    zeroes = zero_hint(c, offset); /* yields: others may have claimed it meanwhile */
-    r = bitmap_claim(c->work, offset, MAX(zeroes, c->chunk), &piece->offset, &piece->len);
-    piece->zero = zeroes > 0;
+    reach = look_ahead(c, offset, &zero); /* yields: others may have claimed it meanwhile */
+    r = bitmap_claim(c->work, offset, zero ? reach : MIN(reach, c->chunk), &piece->offset,
+                     &piece->len);
+    piece->zero = zero;
     if (r == 0)
         r = bitmap_claim(c->work, 0, c->chunk, &piece->offset, &piece->len);
     if (r <= 0)
