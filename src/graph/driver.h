@@ -32,6 +32,7 @@ struct driver {
     bool
         guards_writes; /* a filter past which, while it has users, nobody else may change or resize its child */
     bool zeroes_fast; /* write-zeroes never falls back to writing data, unless a child's does */
+    bool keeps_metadata; /* a format that keeps metadata of its own in its file */
 
     /*
      * All operations may yield: those that do requests run on any loop, co_open, co_close and co_set_access on the control
