@@ -11,6 +11,7 @@
 #include "base/macros.h"
 #include "graph/change.h"
 #include "graph/graph-internal.h"
+#include "graph/node-ref.h"
 #include "graph/reshape.h"
 #include "schema-types.h"
 
@@ -165,23 +166,48 @@ static int co_fn control_fn node_co_open(struct graph *g, const struct node_opti
                                          const struct node_settings *parent, struct change *change,
                                          struct node **ret, struct error **err);
 
+/* What a member of a driver's options says of a child: its name or its definition. Both are NULL if there shall be none. */
+struct child_choice {
+    const char *name;
+    const struct node_options *definition;
+};
+
+static struct child_choice child_choice(const struct schema_member *m, const void *options)
+{
+    struct child_choice choice = {.name = NULL};
+
+    if (m->type == &node_ref_type) {
+        const struct node_ref *ref = schema_member_value(m, options);
+
+        if (ref && ref->kind == NODE_REF_NAME)
+            choice.name = ref->name;
+        else if (ref)
+            choice.definition = ref->definition;
+    } else if (m->type == &node_ref_or_null_type) {
+        const struct node_ref_or_null *ref = schema_member_value(m, options);
+
+        if (ref && !node_ref_is_null(ref) && ref->kind == NODE_REF_OR_NULL_NAME)
+            choice.name = ref->name;
+        else if (ref && !node_ref_is_null(ref))
+            choice.definition = ref->definition;
+    }
+    return choice;
+}
+
 /* Finds or opens the child that a member of the driver's options names. */
 static int co_fn control_fn open_child(struct node *node, const struct schema_member *m,
-                                       const struct node_ref *ref, struct error **err)
+                                       const struct child_choice *choice, struct error **err)
 {
     struct change *change = node->reserved_by;
     struct node *child = NULL;
-    int r = 0;
+    int r;
 
-    switch (ref->kind) {
-    case NODE_REF_NAME:
-        r = graph_need(node->graph, ref->name, &child, err);
+    if (choice->name) {
+        r = graph_need(node->graph, choice->name, &child, err);
         if (child)
             child->refs++;
-        break;
-    case NODE_REF_DEFINITION:
-        r = node_co_open(node->graph, ref->definition, &node->settings, change, &child, err);
-        break;
+    } else {
+        r = node_co_open(node->graph, choice->definition, &node->settings, change, &child, err);
     }
     if (!child)
         return error_wrap(err, r, "node '%s': child '%s'", node->name, m->name);
@@ -196,13 +222,9 @@ static int co_fn control_fn open_children(struct node *node, const void *options
 
     for (size_t i = 0; i < type->count; i++) {
         const struct schema_member *m = &type->members[i];
-        const struct node_ref *ref;
-        int r;
+        const struct child_choice choice = child_choice(m, options);
+        int r = choice.name || choice.definition ? open_child(node, m, &choice, err) : 0;
 
-        if (m->type != &node_ref_type)
-            continue;
-        ref = schema_member_value(m, options);
-        r = ref ? open_child(node, m, ref, err) : 0;
         if (r < 0)
             return r;
     }
@@ -294,20 +316,13 @@ static int add_roots(struct change *change, const struct node_options *o, struct
     const struct schema_type *type = variant->type;
 
     for (size_t i = 0; type && i < type->count; i++) {
-        const struct schema_member *m = &type->members[i];
-        const struct node_ref *ref;
+        const struct child_choice choice = child_choice(&type->members[i], options);
         int r = 0;
 
-        if (m->type != &node_ref_type || !(ref = schema_member_value(m, options)))
-            continue;
-        switch (ref->kind) {
-        case NODE_REF_NAME:
-            r = change_add_root(change, ref->name, err);
-            break;
-        case NODE_REF_DEFINITION:
-            r = add_roots(change, ref->definition, err);
-            break;
-        }
+        if (choice.name)
+            r = change_add_root(change, choice.name, err);
+        else if (choice.definition)
+            r = add_roots(change, choice.definition, err);
         if (r < 0)
             return r;
     }

@@ -7,6 +7,7 @@
 #include "base/json-out.h"
 #include "base/json-text.h"
 #include "base/keyval.h"
+#include "graph/node-ref.h"
 
 static const struct schema_command *command(const char *name)
 {
@@ -152,6 +153,74 @@ static void test_schema__takes_a_node_from_the_command_line(void **state)
     assert_int_equal(n.u.raw.size, GIB);
     assert_string_equal(n.u.raw.file.definition->u.file.filename, "a,b");
     assert_true(n.u.raw.file.definition->cache->direct);
+}
+
+/* ---- a child that may be declined ---- */
+
+struct layer {
+    struct node_ref_or_null *backing;
+};
+
+static const struct schema_member layer_members[] = {
+    {
+        .name = "backing",
+        .type = &node_ref_or_null_type,
+        .offset = offsetof(struct layer, backing),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_OPTIONAL,
+        .indirect = true,
+    },
+};
+
+static const struct schema_type layer_type = {
+    .name = "layer",
+    .kind = SCHEMA_STRUCT,
+    .size = sizeof(struct layer),
+    .count = 1,
+    .members = layer_members,
+};
+
+/* As `key=value` or as JSON. */
+static void read_layer(const char *text, struct layer *ret)
+{
+    AUTO(error_free) struct error *err = NULL;
+
+    if (keyval_in(&layer_type, text, NULL, ret, &err) < 0)
+        fail_msg("%s: %s", text, error_text(err));
+}
+
+static void test_schema__optional_child_is_absent_or_null_or_given(void **state)
+{
+    static const char *const nulls[] = {"{\"backing\": null}", "{\"backing\": \"\"}", "backing="};
+    static const char *const names[] = {"{\"backing\": \"b\"}", "backing=b"};
+    static const char *const definitions[] = {
+        "{\"backing\": {\"driver\": \"null-co\", \"size\": 7}}",
+        "backing.driver=null-co,backing.size=7",
+    };
+    struct layer l;
+
+    (void)state;
+    read_layer("{}", &l);
+    assert_null(l.backing);
+    for (size_t i = 0; i < ARRAY_SIZE(nulls); i++) {
+        read_layer(nulls[i], &l);
+        assert_true(node_ref_is_null(l.backing));
+        schema_free(&layer_type, &l);
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
+        read_layer(names[i], &l);
+        assert_false(node_ref_is_null(l.backing));
+        assert_int_equal(l.backing->kind, NODE_REF_OR_NULL_NAME);
+        assert_string_equal(l.backing->name, "b");
+        schema_free(&layer_type, &l);
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(definitions); i++) {
+        read_layer(definitions[i], &l);
+        assert_false(node_ref_is_null(l.backing));
+        assert_int_equal(l.backing->kind, NODE_REF_OR_NULL_DEFINITION);
+        assert_int_equal(l.backing->definition->u.null_co.size, 7);
+        schema_free(&layer_type, &l);
+    }
 }
 
 static void test_schema__null_co_has_its_defaults(void **state)
