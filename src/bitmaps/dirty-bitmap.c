@@ -30,6 +30,7 @@ struct dirty_bitmap {
     bool enabled;
     uint64_t high_water; /* DIRTY-4: the largest size since it was clear */
     uint8_t generation[DIRTY_BITMAP_GENERATION_BYTES];
+    uint8_t successor_generation[DIRTY_BITMAP_GENERATION_BYTES]; /* while there is a successor */
 
     /* Read by requests. */
     struct bitmap *live; /* where changes are set */
@@ -157,6 +158,12 @@ static void group_update(struct node_bitmaps *group)
 static void new_generation(struct dirty_bitmap *d)
 {
     loop_random(d->generation, sizeof(d->generation));
+}
+
+/* What it is when the job succeeds is known before that: who keeps the backup notes it while nothing has taken effect. */
+static void new_successor_generation(struct dirty_bitmap *d)
+{
+    loop_random(d->successor_generation, sizeof(d->successor_generation));
 }
 
 /* ---- what the actions of one change say together (DIRTY-1) ---- */
@@ -620,6 +627,7 @@ static void control_fn freeze_commit(struct change_action *action)
 
     a->bitmap->successor = take(&a->spare);
     a->bitmap->owner = take(&a->owner_copy);
+    new_successor_generation(a->bitmap);
     group_update(group_in_commit(a));
 }
 
@@ -677,7 +685,7 @@ static void control_fn abdicate_commit(struct change_action *action)
 
     thaw(a, d->successor, d->bits);
     d->high_water = bitmap_size(d->bits);
-    new_generation(d);
+    memcpy(d->generation, d->successor_generation, sizeof(d->generation));
 }
 
 static const struct change_action_ops reclaim_ops = {
@@ -779,6 +787,10 @@ static void describe(const struct dirty_bitmap *d, struct dirty_bitmap_picture *
     ret->recording = d->enabled;
     ret->busy = d->owner != NULL;
     memcpy(ret->generation, d->generation, sizeof(ret->generation));
+    ret->has_successor = d->successor != NULL;
+    if (ret->has_successor)
+        memcpy(ret->successor_generation, d->successor_generation,
+               sizeof(ret->successor_generation));
 }
 
 void dirty_bitmap_for_each(const struct node *node, dirty_bitmap_fn *fn, void *arg)

@@ -120,8 +120,11 @@ struct dirty_bitmap_picture {
     uint64_t granularity;
     bool recording;
     bool busy;
-    uint8_t generation
-        [DIRTY_BITMAP_GENERATION_BYTES]; /* new with each add, clear, enable, disable and finished job */
+    /* New with each add, clear, enable and disable, and the successor's when a job has consumed it. */
+    uint8_t generation[DIRTY_BITMAP_GENERATION_BYTES];
+    bool has_successor; /* it is frozen by a job that consumes it */
+    /* From the instant of freezing on, and new each time: the bitmap's generation if the job succeeds. */
+    uint8_t successor_generation[DIRTY_BITMAP_GENERATION_BYTES];
 };
 
 /* The bitmaps of a node, oldest first; what a change that is not committed has made is not among them. */

@@ -106,6 +106,11 @@ static void add_description(const struct dirty_bitmap_picture *picture, void *ar
     info->busy = picture->busy;
     info->generation = xnew_n(char, 2 * sizeof(picture->generation) + 1);
     hex(info->generation, picture->generation, sizeof(picture->generation));
+    if (!picture->has_successor)
+        return;
+    info->successor_generation = xnew_n(char, 2 * sizeof(picture->successor_generation) + 1);
+    hex(info->successor_generation, picture->successor_generation,
+        sizeof(picture->successor_generation));
 }
 
 bool describe_bitmaps(const struct node *node, struct block_dirty_info_array *ret)

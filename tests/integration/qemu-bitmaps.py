@@ -60,6 +60,7 @@ class Host:
         for node in self.must("query-named-block-nodes", {}):
             for b in node.get("dirty-bitmaps", []):
                 b.pop("generation", None)
+                b.pop("successor-generation", None)
                 where = {"node": node["node-name"], "name": b["name"]}
                 b["sha256"] = self.must("x-debug-block-dirty-bitmap-sha256", where)["sha256"]
                 seen[node["node-name"], b["name"]] = b

@@ -430,6 +430,51 @@ static void test_dirty_bitmap__contents_come_back_when_a_change_fails(void **sta
 
 /* ---- successors (I6) ---- */
 
+static bool same_generation(const uint8_t *a, const uint8_t *b)
+{
+    return memcmp(a, b, DIRTY_BITMAP_GENERATION_BYTES) == 0;
+}
+
+/* Known while nothing has taken effect, another one with each job, and what the bitmap has after a success only. */
+static void successor_generation_body(void *arg)
+{
+    struct graph *g = begin();
+    struct dirty_bitmap_picture first;
+    struct dirty_bitmap_picture failed;
+    struct dirty_bitmap_picture frozen;
+    struct tx t;
+
+    (void)arg;
+    /* A bitmap that is made in the change that freezes it: that of a first backup. */
+    tx_begin(&t, g);
+    tx_do(&t, add, named("a"), BLOCK, true);
+    tx_do(&t, freeze, named("a"), "job 'j'");
+    tx_must(&t);
+    first = picture_of(g, "a");
+    assert_true(first.has_successor && first.busy);
+    assert_false(same_generation(first.generation, first.successor_generation));
+    must(g, reclaim, named("a"));
+    failed = picture_of(g, "a");
+    assert_false(failed.has_successor);
+    assert_true(same_generation(failed.generation, first.generation));
+
+    must(g, freeze, named("a"), "job 'k'");
+    frozen = picture_of(g, "a");
+    assert_true(frozen.has_successor);
+    assert_false(same_generation(frozen.successor_generation, first.successor_generation));
+    assert_true(same_generation(frozen.generation, first.generation));
+    must(g, abdicate, named("a"));
+    assert_false(picture_of(g, "a").has_successor);
+    assert_true(same_generation(picture_of(g, "a").generation, frozen.successor_generation));
+    graph_co_free(g);
+}
+
+static void test_dirty_bitmap__the_generation_of_a_success_is_known_before(void **state)
+{
+    (void)state;
+    on_both(successor_generation_body, NULL);
+}
+
 static void successor_body(void *arg)
 {
     struct graph *g = begin();
