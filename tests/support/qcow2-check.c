@@ -1,0 +1,561 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* An independent judge of qcow2 images: counts references and compares them with what the image says. */
+#include "qcow2-check.h"
+
+#include "base/endian.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define CLUSTERS_MAX ((uint64_t)1 << 26) /* of the file: memory for the references */
+
+#define L1_OFFSET       0x00fffffffffffe00u
+#define L1_RESERVED     0x7f000000000001ffu
+#define L2_RESERVED     0x3f000000000001feu
+#define L2_COMPRESSED   ((uint64_t)1 << 62)
+#define FLAG_COPIED     ((uint64_t)1 << 63)
+#define FLAG_ZERO       ((uint64_t)1)
+#define TABLE_RESERVED  ((uint64_t)0x1ff)
+#define INCOMPAT_DIRTY  1u
+#define INCOMPAT_BROKEN 2u
+
+#define EXTENSION_BITMAPS 0x23852875u
+
+struct header {
+    unsigned version;
+    unsigned cluster_bits;
+    unsigned refcount_order;
+    uint64_t size;
+    uint64_t l1_offset;
+    uint64_t l1_entries;
+    uint64_t table_offset;
+    uint64_t table_clusters;
+    uint64_t incompatible;
+    uint64_t autoclear;
+};
+
+struct walk {
+    const struct qcow2_file *f;
+    struct header h;
+    uint64_t cluster;
+    uint64_t clusters; /* of the file, a last piece of one included */
+    uint32_t *references;
+    uint8_t *block; /* the last refcount block that was looked at; block_at: 0 before the first */
+    uint64_t block_at;
+    struct qcow2_verdict *v;
+};
+
+/* ---- files ---- */
+
+static int read_memory(void *arg, uint64_t offset, void *buf, size_t len)
+{
+    memcpy(buf, (const char *)arg + offset, len);
+    return 0;
+}
+
+struct qcow2_file qcow2_file_in_memory(const void *bytes, uint64_t size)
+{
+    return (struct qcow2_file){read_memory, (void *)(uintptr_t)bytes, size};
+}
+
+static int read_fd(void *arg, uint64_t offset, void *buf, size_t len)
+{
+    ssize_t n = pread(*(int *)arg, buf, len, (off_t)offset);
+
+    if (n < 0)
+        return -errno;
+    return (size_t)n == len ? 0 : -EIO;
+}
+
+struct qcow2_file qcow2_file_of_fd(int *fd)
+{
+    struct stat st = {.st_size = 0};
+
+    if (fstat(*fd, &st) < 0)
+        st.st_size = 0;
+    return (struct qcow2_file){read_fd, fd, (uint64_t)st.st_size};
+}
+
+/* Beyond the end of the file there are zeroes: its last cluster may be there in part. */
+static int file_read(const struct qcow2_file *f, uint64_t offset, void *buf, size_t len)
+{
+    size_t there = 0;
+
+    if (offset < f->size)
+        there = f->size - offset < len ? (size_t)(f->size - offset) : len;
+    memset((char *)buf + there, 0, len - there);
+    return there ? f->read(f->arg, offset, buf, there) : 0;
+}
+
+static int file_entry(const struct qcow2_file *f, uint64_t offset, uint64_t *ret)
+{
+    uint8_t bytes[8];
+    int r = file_read(f, offset, bytes, sizeof(bytes));
+
+    *ret = load_be64(bytes);
+    return r;
+}
+
+/* ---- findings ---- */
+
+static void say(struct qcow2_verdict *v, const char *fmt, va_list args)
+{
+    size_t used = strlen(v->text);
+
+    if (used + 120 > sizeof(v->text))
+        return;
+    (void)vsnprintf(v->text + used, sizeof(v->text) - used - 1, fmt, args);
+    strcat(v->text, "\n");
+}
+
+static int __attribute__((format(printf, 3, 4)))
+unjudged(struct qcow2_verdict *v, int error, const char *fmt, ...)
+{
+    va_list args;
+
+    va_start(args, fmt);
+    say(v, fmt, args);
+    va_end(args);
+    return -error;
+}
+
+static void __attribute__((format(printf, 3, 4)))
+found(struct walk *w, enum qcow2_error kind, const char *fmt, ...)
+{
+    va_list args;
+
+    w->v->errors++;
+    w->v->by_kind[kind]++;
+    va_start(args, fmt);
+    say(w->v, fmt, args);
+    va_end(args);
+}
+
+static void __attribute__((format(printf, 2, 3))) leaked(struct walk *w, const char *fmt, ...)
+{
+    va_list args;
+
+    w->v->leaks++;
+    va_start(args, fmt);
+    say(w->v, fmt, args);
+    va_end(args);
+}
+
+/* ---- the header ---- */
+
+static int look_at_extensions(const struct qcow2_file *f, uint64_t at, uint64_t end,
+                              struct qcow2_verdict *v)
+{
+    while (at + 8 <= end) {
+        uint8_t head[8];
+        int r = file_read(f, at, head, sizeof(head));
+
+        if (r < 0)
+            return r;
+        if (load_be32(head) == 0)
+            break;
+        if (load_be32(head) == EXTENSION_BITMAPS)
+            return unjudged(v, EOPNOTSUPP, "it has bitmaps");
+        at += 8 + (((uint64_t)load_be32(head + 4) + 7) & ~(uint64_t)7);
+        if (at > end)
+            return unjudged(v, EINVAL, "a header extension ends beyond the first cluster");
+    }
+    return 0;
+}
+
+static int check_header_sense(const struct qcow2_file *f, const struct header *h,
+                              struct qcow2_verdict *v)
+{
+    uint64_t cluster = (uint64_t)1 << h->cluster_bits;
+    uint64_t l2_covers = cluster * (cluster / 8);
+    uint64_t needed = h->size / l2_covers + (h->size % l2_covers ? 1 : 0);
+
+    if (h->l1_entries < needed)
+        return unjudged(v, EINVAL, "L1 has %" PRIu64 " entries, the size needs %" PRIu64,
+                        h->l1_entries, needed);
+    if (h->l1_offset % cluster || h->table_offset % cluster)
+        return unjudged(v, EINVAL, "L1 or refcount table is misaligned");
+    if (h->l1_entries && (h->l1_offset == 0 || h->l1_offset > f->size ||
+                          h->l1_entries > (f->size + cluster - h->l1_offset) / 8))
+        return unjudged(v, EINVAL, "L1 is not in the file");
+    if (h->table_offset == 0 || h->table_offset > f->size || h->table_clusters == 0 ||
+        h->table_clusters > (f->size - h->table_offset + cluster - 1) / cluster)
+        return unjudged(v, EINVAL, "the refcount table is not in the file");
+    return 0;
+}
+
+static int read_header(const struct qcow2_file *f, struct header *h, struct qcow2_verdict *v)
+{
+    uint8_t b[112];
+    uint64_t len = 72;
+    int r = file_read(f, 0, b, sizeof(b));
+
+    if (r < 0)
+        return r;
+    if (load_be32(b) != 0x514649fbu)
+        return unjudged(v, EINVAL, "no magic");
+    h->version = load_be32(b + 4);
+    h->cluster_bits = load_be32(b + 20);
+    h->refcount_order = 4;
+    h->size = load_be64(b + 24);
+    h->l1_entries = load_be32(b + 36);
+    h->l1_offset = load_be64(b + 40);
+    h->table_offset = load_be64(b + 48);
+    h->table_clusters = load_be32(b + 56);
+    h->incompatible = h->autoclear = 0;
+    if (h->version != 2 && h->version != 3)
+        return unjudged(v, EINVAL, "version %u", h->version);
+    if (h->cluster_bits < 9 || h->cluster_bits > 21)
+        return unjudged(v, EINVAL, "cluster_bits %u", h->cluster_bits);
+    if (h->version == 3) {
+        h->incompatible = load_be64(b + 72);
+        h->autoclear = load_be64(b + 88);
+        h->refcount_order = load_be32(b + 96);
+        len = load_be32(b + 100);
+        if (h->refcount_order > 6 || len < 104 || len % 8 || len > (uint64_t)1 << h->cluster_bits)
+            return unjudged(v, EINVAL, "refcount_order %u, header length %" PRIu64,
+                            h->refcount_order, len);
+        if (len > 104 && b[104])
+            return unjudged(v, EOPNOTSUPP, "compression type %u", b[104]);
+    }
+    if (h->incompatible & ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_BROKEN))
+        return unjudged(v, EOPNOTSUPP, "incompatible features %" PRIx64, h->incompatible);
+    if (load_be32(b + 32))
+        return unjudged(v, EOPNOTSUPP, "it is encrypted");
+    if (load_be32(b + 60))
+        return unjudged(v, EOPNOTSUPP, "it has snapshots");
+    r = look_at_extensions(f, len, (uint64_t)1 << h->cluster_bits, v);
+    return r < 0 ? r : check_header_sense(f, h, v);
+}
+
+/* ---- references ---- */
+
+/* A reference to `count` clusters from `offset` on; false if there is no such cluster. */
+static bool refer(struct walk *w, uint64_t offset, uint64_t count, const char *what, uint64_t where)
+{
+    if (offset % w->cluster) {
+        found(w, QCOW2_ERROR_MISALIGNED, "%s %" PRIu64 " is misaligned: %" PRIx64, what, where,
+              offset);
+        return false;
+    }
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t n = offset / w->cluster + i;
+
+        if (n >= w->clusters) {
+            found(w, QCOW2_ERROR_BEYOND_END, "%s %" PRIu64 " is beyond the end: %" PRIx64, what,
+                  where, offset);
+            return false;
+        }
+        if (w->references[n]++ == 1)
+            found(w, QCOW2_ERROR_USED_TWICE, "cluster %" PRIu64 " is used twice, by %s %" PRIu64, n,
+                  what, where);
+    }
+    return true;
+}
+
+static uint64_t refcount_in(const struct walk *w, uint64_t n)
+{
+    unsigned bits = 1u << w->h.refcount_order;
+    const uint8_t *p = w->block + n * bits / 8;
+    uint64_t value = 0;
+
+    if (bits < 8)
+        return (uint64_t)(*p >> (n * bits % 8)) & ((1u << bits) - 1);
+    for (unsigned i = 0; i < bits / 8; i++)
+        value = value << 8 | p[i];
+    return value;
+}
+
+static int stored_refcount(struct walk *w, uint64_t n, uint64_t *ret)
+{
+    uint64_t per_block = w->cluster * 8 >> w->h.refcount_order;
+    uint64_t index = n / per_block;
+    uint64_t block;
+    int r;
+
+    *ret = 0;
+    if (index >= w->h.table_clusters * (w->cluster / 8))
+        return 0;
+    r = file_entry(w->f, w->h.table_offset + index * 8, &block);
+    block &= ~TABLE_RESERVED;
+    if (r < 0 || block == 0 || block % w->cluster || block >= w->f->size)
+        return r;
+    if (block != w->block_at) {
+        w->block_at = 0;
+        r = file_read(w->f, block, w->block, w->cluster);
+        if (r < 0)
+            return r;
+        w->block_at = block;
+    }
+    *ret = refcount_in(w, n % per_block);
+    return 0;
+}
+
+static int check_copied(struct walk *w, uint64_t entry, uint64_t offset, const char *what,
+                        uint64_t where)
+{
+    uint64_t count;
+    int r = stored_refcount(w, offset / w->cluster, &count);
+
+    if (r == 0 && (count == 1) != !!(entry & FLAG_COPIED))
+        found(w, QCOW2_ERROR_COPIED, "%s %" PRIu64 ": copied is %d, the refcount %" PRIu64, what,
+              where, !!(entry & FLAG_COPIED), count);
+    return r;
+}
+
+static int walk_l2_entry(struct walk *w, uint64_t entry, uint64_t guest)
+{
+    uint64_t offset = entry & L1_OFFSET;
+
+    if (entry & L2_COMPRESSED)
+        return unjudged(w->v, EOPNOTSUPP, "guest cluster %" PRIu64 " is compressed", guest);
+    if (entry & L2_RESERVED)
+        found(w, QCOW2_ERROR_RESERVED, "L2 entry of guest cluster %" PRIu64 ": %" PRIx64, guest,
+              entry);
+    if (w->h.version == 2 && (entry & FLAG_ZERO))
+        found(w, QCOW2_ERROR_ZERO_V2, "guest cluster %" PRIu64 " is zero in version 2", guest);
+    if (w->h.version > 2 && (entry & FLAG_ZERO))
+        w->v->zero_clusters++;
+    if (offset == 0) {
+        if (entry & FLAG_COPIED)
+            found(w, QCOW2_ERROR_NOWHERE, "guest cluster %" PRIu64 " is copied to nowhere", guest);
+        return 0;
+    }
+    w->v->data_clusters++;
+    if (!refer(w, offset, 1, "guest cluster", guest))
+        return 0;
+    return check_copied(w, entry, offset, "guest cluster", guest);
+}
+
+static int walk_l2(struct walk *w, uint64_t l2, uint64_t index)
+{
+    uint64_t entries = w->cluster / 8;
+    uint8_t *table = malloc(w->cluster);
+    int r = table ? file_read(w->f, l2, table, w->cluster) : -ENOMEM;
+
+    for (uint64_t i = 0; i < entries && r == 0; i++)
+        r = walk_l2_entry(w, load_be64(table + i * 8), index * entries + i);
+    free(table);
+    return r;
+}
+
+static int walk_l1(struct walk *w)
+{
+    uint64_t bytes = w->h.l1_entries * 8;
+
+    if (bytes)
+        (void)refer(w, w->h.l1_offset, (bytes + w->cluster - 1) / w->cluster, "L1", 0);
+    for (uint64_t i = 0; i < w->h.l1_entries; i++) {
+        uint64_t entry, offset;
+        int r = file_entry(w->f, w->h.l1_offset + i * 8, &entry);
+
+        if (r < 0)
+            return r;
+        if (entry & L1_RESERVED)
+            found(w, QCOW2_ERROR_RESERVED, "L1 entry %" PRIu64 ": %" PRIx64, i, entry);
+        offset = entry & L1_OFFSET;
+        if (offset == 0) {
+            if (entry & FLAG_COPIED)
+                found(w, QCOW2_ERROR_NOWHERE, "L1 entry %" PRIu64 " is copied to nowhere", i);
+            continue;
+        }
+        if (!refer(w, offset, 1, "L2 table", i))
+            continue;
+        w->v->l2_tables++;
+        r = check_copied(w, entry, offset, "L2 table", i);
+        if (r == 0)
+            r = walk_l2(w, offset, i);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int walk_refcount_table(struct walk *w)
+{
+    uint64_t entries = w->h.table_clusters * (w->cluster / 8);
+
+    (void)refer(w, w->h.table_offset, w->h.table_clusters, "refcount table", 0);
+    for (uint64_t i = 0; i < entries; i++) {
+        uint64_t entry;
+        int r = file_entry(w->f, w->h.table_offset + i * 8, &entry);
+
+        if (r < 0)
+            return r;
+        if (entry & TABLE_RESERVED)
+            found(w, QCOW2_ERROR_RESERVED, "refcount table entry %" PRIu64 ": %" PRIx64, i, entry);
+        entry &= ~TABLE_RESERVED;
+        if (entry == 0)
+            continue;
+        w->v->refcount_blocks++;
+        (void)refer(w, entry, 1, "refcount block", i);
+    }
+    return 0;
+}
+
+/* Refcounts of all clusters of the file, and of what the refcount blocks cover beyond its end. */
+static int compare_refcounts(struct walk *w)
+{
+    uint64_t per_block = w->cluster * 8 >> w->h.refcount_order;
+    uint64_t entries = w->h.table_clusters * (w->cluster / 8);
+
+    for (uint64_t i = 0; i < entries || i * per_block < w->clusters; i++) {
+        uint64_t block = 0;
+        int r = i < entries ? file_entry(w->f, w->h.table_offset + i * 8, &block) : 0;
+
+        if (r < 0)
+            return r;
+        if ((block & ~TABLE_RESERVED) == 0 && i * per_block >= w->clusters)
+            continue;
+        for (uint64_t n = i * per_block; n < (i + 1) * per_block; n++) {
+            uint64_t references = n < w->clusters ? w->references[n] : 0;
+            uint64_t count;
+
+            r = stored_refcount(w, n, &count);
+            if (r < 0)
+                return r;
+            w->v->leaks_beyond += n >= w->clusters && count > 0;
+            if (count < references)
+                found(w, QCOW2_ERROR_REFCOUNT_LOW,
+                      "cluster %" PRIu64 ": refcount %" PRIu64 ", references %" PRIu64, n, count,
+                      references);
+            else if (count > references)
+                leaked(w, "cluster %" PRIu64 ": refcount %" PRIu64 ", references %" PRIu64, n,
+                       count, references);
+        }
+    }
+    return 0;
+}
+
+static void describe(struct walk *w)
+{
+    w->v->version = w->h.version;
+    w->v->cluster_bits = w->h.cluster_bits;
+    w->v->refcount_bits = 1u << w->h.refcount_order;
+    w->v->virtual_size = w->h.size;
+    w->v->autoclear = w->h.autoclear;
+    w->v->l1_entries = w->h.l1_entries;
+    w->v->refcount_table_clusters = w->h.table_clusters;
+}
+
+int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
+{
+    struct walk w = {.f = f, .v = ret};
+    int r;
+
+    memset(ret, 0, sizeof(*ret));
+    r = read_header(f, &w.h, ret);
+    if (r < 0)
+        return r;
+    describe(&w);
+    w.cluster = (uint64_t)1 << w.h.cluster_bits;
+    w.clusters = f->size / w.cluster + (f->size % w.cluster ? 1 : 0);
+    if (w.clusters > CLUSTERS_MAX)
+        return unjudged(ret, EOPNOTSUPP, "%" PRIu64 " clusters are too many", w.clusters);
+    w.references = calloc(w.clusters, sizeof(*w.references));
+    w.block = malloc(w.cluster);
+    if (!w.references || !w.block) {
+        free(w.references);
+        free(w.block);
+        return -ENOMEM;
+    }
+    if (w.h.incompatible)
+        found(&w, QCOW2_ERROR_DIRTY, "it is marked as dirty or corrupt: %" PRIx64,
+              w.h.incompatible);
+    (void)refer(&w, 0, 1, "header", 0);
+    r = walk_refcount_table(&w);
+    if (r == 0)
+        r = walk_l1(&w);
+    if (r == 0)
+        r = compare_refcounts(&w);
+    free(w.references);
+    free(w.block);
+    return r;
+}
+
+/* ---- reading ---- */
+
+/* Where a guest cluster lies: 0 and *ret_host, 0 and *ret_zero, or 1: not in this layer. */
+static int find_cluster(const struct qcow2_file *f, const struct header *h, uint64_t offset,
+                        uint64_t *ret_host, bool *ret_zero)
+{
+    uint64_t cluster = (uint64_t)1 << h->cluster_bits;
+    uint64_t n = offset / cluster;
+    uint64_t entry;
+    int r = file_entry(f, h->l1_offset + n / (cluster / 8) * 8, &entry);
+
+    if (r < 0 || !(entry & L1_OFFSET))
+        return r < 0 ? r : 1;
+    r = file_entry(f, (entry & L1_OFFSET) + n % (cluster / 8) * 8, &entry);
+    if (r < 0)
+        return r;
+    if (entry & L2_COMPRESSED)
+        return -EOPNOTSUPP;
+    *ret_zero = h->version > 2 && (entry & FLAG_ZERO);
+    *ret_host = entry & L1_OFFSET;
+    return *ret_zero || *ret_host ? 0 : 1;
+}
+
+static int read_piece(const struct qcow2_layer *layers, const struct header *headers,
+                      unsigned count, uint64_t offset, void *buf, size_t len)
+{
+    memset(buf, 0, len);
+    for (unsigned i = 0; i < count; i++) {
+        const struct qcow2_file *f = &layers[i].file;
+        uint64_t size = layers[i].raw ? f->size : headers[i].size;
+        uint64_t host = 0;
+        bool zero = false;
+        int r;
+
+        if (offset >= size)
+            return 0;
+        if (len > size - offset)
+            len = (size_t)(size - offset); /* the rest is zero, whatever lies below */
+        if (layers[i].raw)
+            return file_read(f, offset, buf, len);
+        r = find_cluster(f, &headers[i], offset, &host, &zero);
+        if (r == 0 && !zero)
+            return file_read(f, host + offset % ((uint64_t)1 << headers[i].cluster_bits), buf, len);
+        if (r <= 0)
+            return r;
+    }
+    return 0;
+}
+
+int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t offset, void *buf,
+                     size_t len)
+{
+    struct header *headers = calloc(count, sizeof(*headers));
+    struct qcow2_verdict ignored;
+    uint64_t step = (uint64_t)1 << 21;
+    int r = headers ? 0 : -ENOMEM;
+
+    for (unsigned i = 0; i < count && r == 0; i++) {
+        memset(&ignored, 0, sizeof(ignored));
+        if (layers[i].raw)
+            continue;
+        r = read_header(&layers[i].file, &headers[i], &ignored);
+        if (r == 0 && step > (uint64_t)1 << headers[i].cluster_bits)
+            step = (uint64_t)1 << headers[i].cluster_bits;
+    }
+    if (r == 0 &&
+        (count == 0 || offset + len > (layers[0].raw ? layers[0].file.size : headers[0].size)))
+        r = -ERANGE;
+    while (len && r == 0) {
+        size_t n = (size_t)(step - offset % step);
+
+        if (n > len)
+            n = len;
+        r = read_piece(layers, headers, count, offset, buf, n);
+        offset += n;
+        buf = (char *)buf + n;
+        len -= n;
+    }
+    free(headers);
+    return r;
+}

@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An independent judge of qcow2 images, written from the format's specification alone; it shares no code with the driver.
+ *
+ * It knows what the driver of this stage may write: versions 2 and 3, standard clusters, zero clusters, backing files. An
+ * image with anything else (snapshots, compression, extended L2, data file, encryption, bitmaps) is not judged.
+ */
+#ifndef CAIRN_TESTS_QCOW2_CHECK_H
+#define CAIRN_TESTS_QCOW2_CHECK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* An image file, or what stands for one. */
+struct qcow2_file {
+    /* Reads what lies within `size`; 0 or a negative errno. */
+    int (*read)(void *arg, uint64_t offset, void *buf, size_t len);
+    void *arg;
+    uint64_t size;
+};
+
+/* A file that lies in memory as a whole. */
+struct qcow2_file qcow2_file_in_memory(const void *bytes, uint64_t size);
+/* An open file; `fd` is put into *arg, which outlives the result. */
+struct qcow2_file qcow2_file_of_fd(int *fd);
+
+enum qcow2_error {
+    QCOW2_ERROR_REFCOUNT_LOW, /* lower than the references: to be given away while in use */
+    QCOW2_ERROR_USED_TWICE,
+    QCOW2_ERROR_MISALIGNED,
+    QCOW2_ERROR_BEYOND_END, /* an entry names a cluster that begins at the end of the file or later */
+    QCOW2_ERROR_COPIED,     /* OFLAG_COPIED does not say what the refcount says */
+    QCOW2_ERROR_NOWHERE,    /* OFLAG_COPIED without a cluster */
+    QCOW2_ERROR_RESERVED,   /* a reserved bit is set */
+    QCOW2_ERROR_ZERO_V2,    /* the zero flag in version 2, which has none */
+    QCOW2_ERROR_DIRTY,      /* the dirty or the corrupt bit is set */
+    QCOW2_ERRORS,
+};
+
+struct qcow2_verdict {
+    unsigned errors;
+    unsigned leaks;        /* clusters whose refcount is higher than their references */
+    unsigned leaks_beyond; /* those of them that lie beyond the end of the file */
+    unsigned by_kind[QCOW2_ERRORS];
+
+    /* What the image is made of. */
+    unsigned version;
+    unsigned cluster_bits;
+    unsigned refcount_bits;
+    uint64_t virtual_size;
+    uint64_t autoclear;
+    uint64_t l1_entries;
+    uint64_t refcount_table_clusters;
+    uint64_t refcount_blocks;
+    uint64_t l2_tables;
+    uint64_t data_clusters; /* with a host cluster, those that read as zeroes included */
+    uint64_t zero_clusters; /* that read as zeroes */
+
+    char text[2000]; /* the first findings, a line each */
+};
+
+/*
+ * Walks the header, L1, L2, the refcount table and blocks, and compares. 0: judged, see *ret. -EINVAL: the header is no qcow2
+ * header or makes no sense, -EOPNOTSUPP: not judged, -ENOMEM, or what reading says; ret->text says why.
+ */
+int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret);
+
+/* One image of a chain. */
+struct qcow2_layer {
+    struct qcow2_file file;
+    bool raw;
+};
+
+/*
+ * What a guest reads at [offset, offset + len) of layers[0], whose backing file is layers[1], and so on. Beyond the end of a
+ * backing file, and below the last layer, there are zeroes. 0, or as above; -ERANGE beyond the end of the disk.
+ */
+int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t offset, void *buf,
+                     size_t len);
+
+#endif
