@@ -10,6 +10,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -351,4 +352,36 @@ int file_co_unlink(const char *path)
 int file_co_sync_dir(const char *path)
 {
     return path_op(IO_SYNC_DIR, path, NULL);
+}
+
+int file_co_resolve(const char *path, char **ret)
+{
+    struct iobuf *hold;
+    struct io_op *op;
+    size_t size = strlen(path) + 1;
+    int64_t r = -ENOMEM;
+
+    if (size > PATH_MAX)
+        return -ENAMETOOLONG;
+    hold = iobuf_new(2 * (size_t)PATH_MAX);
+    op = hold ? op_new(IO_RESOLVE) : NULL;
+    if (op) {
+        memcpy(hold->data, path, size);
+        op->path = (const char *)hold->data;
+        op->ret_path = (char *)hold->data + PATH_MAX;
+        op->hold = hold;
+        op->owns_memory = true;
+        r = op_co_run(op, LOOP_FOREVER);
+    }
+    if (r >= 0) {
+        const char *found = (const char *)hold->data + PATH_MAX;
+        char *copy = try_new_n(char, strlen(found) + 1);
+
+        if (copy)
+            *ret = strcpy(copy, found);
+        else
+            r = -ENOMEM;
+    }
+    iobuf_unref(hold);
+    return (int)r;
 }

@@ -30,7 +30,13 @@ enum file_flags {
     FILE_DIRECT = 1 << 5, /* O_DIRECT: past the page cache */
 };
 
-enum file_type { FILE_TYPE_REGULAR, FILE_TYPE_BLOCK, FILE_TYPE_CHARACTER, FILE_TYPE_OTHER };
+enum file_type {
+    FILE_TYPE_REGULAR,
+    FILE_TYPE_BLOCK,
+    FILE_TYPE_CHARACTER,
+    FILE_TYPE_DIRECTORY,
+    FILE_TYPE_OTHER,
+};
 
 struct file_info {
     enum file_type type;
@@ -119,5 +125,11 @@ int co_fn file_co_lock_test(struct file *f, uint64_t start, uint64_t len, enum f
 int co_fn file_co_rename(const char *from, const char *to);
 int co_fn file_co_unlink(const char *path);
 int co_fn file_co_sync_dir(const char *path);
+
+/*
+ * Where a path leads: the absolute path without links, "." and "..", owned by the caller. Opens nothing, so that it is safe
+ * for names of devices. Returns what is there, an enum file_type; -ENOENT, -ELOOP, -EACCES, ...
+ */
+int co_fn file_co_resolve(const char *path, char **ret);
 
 #endif

@@ -68,6 +68,17 @@ static void direct_alignment(const struct file *f, const struct statx *st, struc
     }
 }
 
+static enum file_type type_of_mode(mode_t mode)
+{
+    if (S_ISREG(mode))
+        return FILE_TYPE_REGULAR;
+    if (S_ISBLK(mode))
+        return FILE_TYPE_BLOCK;
+    if (S_ISCHR(mode))
+        return FILE_TYPE_CHARACTER;
+    return S_ISDIR(mode) ? FILE_TYPE_DIRECTORY : FILE_TYPE_OTHER;
+}
+
 static int file_stat(const struct file *f, struct file_info *ret)
 {
     struct statx st;
@@ -75,10 +86,7 @@ static int file_stat(const struct file *f, struct file_info *ret)
 
     if (statx(f->fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_DIOALIGN, &st) < 0)
         return -errno;
-    info.type = S_ISREG(st.stx_mode)   ? FILE_TYPE_REGULAR
-                : S_ISBLK(st.stx_mode) ? FILE_TYPE_BLOCK
-                : S_ISCHR(st.stx_mode) ? FILE_TYPE_CHARACTER
-                                       : FILE_TYPE_OTHER;
+    info.type = type_of_mode(st.stx_mode);
     info.size = st.stx_size;
     info.allocated_bytes = st.stx_blocks * 512;
     info.device = makedev(st.stx_dev_major, st.stx_dev_minor);
@@ -241,6 +249,15 @@ static int64_t sync_directory(const char *path)
     return r;
 }
 
+static int64_t resolve_path(const struct io_op *op)
+{
+    struct stat st;
+
+    if (!realpath(op->path, op->ret_path) || lstat(op->ret_path, &st) < 0)
+        return -errno;
+    return (int64_t)type_of_mode(st.st_mode);
+}
+
 int64_t op_blocking(struct io_op *op)
 {
     struct file *f = op->file;
@@ -278,6 +295,8 @@ int64_t op_blocking(struct io_op *op)
         return ret_errno(unlink(op->path));
     case IO_SYNC_DIR:
         return sync_directory(op->path);
+    case IO_RESOLVE:
+        return resolve_path(op);
     case IO_LISTEN:
         return real_listen(op);
     case IO_CONNECT:

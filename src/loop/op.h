@@ -29,6 +29,7 @@ enum io_op_kind {
     IO_RENAME,
     IO_UNLINK,
     IO_SYNC_DIR,
+    IO_RESOLVE,
     IO_LISTEN,
     IO_ACCEPT,
     IO_CONNECT,
@@ -67,6 +68,7 @@ struct io_op {
     unsigned extents_max;
     const char *path;
     const char *path2;
+    char *ret_path; /* IO_RESOLVE: PATH_MAX bytes */
     struct file_info *ret_info;
     const struct socket_address *address;
     struct socket **ret_socket;

@@ -19,9 +19,12 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* For what depends on the order in which coroutines run, which the simulator shuffles. */
@@ -379,6 +382,58 @@ static void test_loop__files_on_disk(void **state)
 {
     (void)state;
     on_all(file_round_trip, "/var/tmp");
+}
+
+/* Where `path` leads, and what is there. */
+static void must_resolve(const char *path, const char *expected, enum file_type type)
+{
+    AUTO(free_ptr) char *found = NULL;
+
+    assert_int_equal(file_co_resolve(path, &found), type);
+    assert_string_equal(found, expected);
+}
+
+static void resolve_paths(void *arg)
+{
+    AUTO(free_ptr) char *dir = xasprintf("/dev/shm/cairn-test-resolve.%d", (int)getpid());
+    AUTO(free_ptr) char *file = xasprintf("%s/file", dir);
+    AUTO(free_ptr) char *link = xasprintf("%s/link", dir);
+    AUTO(free_ptr) char *round = xasprintf("%s/round", dir);
+    AUTO(free_ptr) char *longest = xalloc(1, PATH_MAX + 1);
+    AUTO(free_ptr) char *dots = xasprintf("%s/.//../%s/link", dir, strrchr(dir, '/') + 1);
+    char *found = NULL;
+    int fd;
+
+    (void)arg;
+    assert_int_equal(mkdir(dir, 0700), 0);
+    fd = open(file, O_CREAT | O_WRONLY, 0600);
+    assert_true(fd >= 0);
+    close(fd);
+    assert_int_equal(symlink("file", link), 0);
+    assert_int_equal(symlink("round", round), 0);
+    must_resolve(file, file, FILE_TYPE_REGULAR);
+    must_resolve(link, file, FILE_TYPE_REGULAR);
+    must_resolve(dots, file, FILE_TYPE_REGULAR);
+    must_resolve(dir, dir, FILE_TYPE_DIRECTORY);
+    must_resolve("/", "/", FILE_TYPE_DIRECTORY);
+    must_resolve("/dev/null", "/dev/null", FILE_TYPE_CHARACTER);
+    assert_int_equal(file_co_resolve(round, &found), -ELOOP);
+    assert_int_equal(file_co_resolve("", &found), -ENOENT);
+    assert_int_equal(file_co_resolve("/dev/null/x", &found), -ENOTDIR);
+    memset(longest, 'a', PATH_MAX);
+    assert_int_equal(file_co_resolve(longest, &found), -ENAMETOOLONG);
+    unlink(file);
+    assert_int_equal(file_co_resolve(link, &found), -ENOENT);
+    assert_null(found);
+    unlink(link);
+    unlink(round);
+    rmdir(dir);
+}
+
+static void test_loop__resolves_paths(void **state)
+{
+    (void)state;
+    on_real(resolve_paths, NULL);
 }
 
 static void locks_conflict(void *arg)

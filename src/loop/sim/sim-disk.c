@@ -271,6 +271,17 @@ struct sim_inode *disk_create(struct sim_disk *d, const char *path)
     return inode;
 }
 
+bool disk_has_dir(const struct sim_disk *d, const char *path)
+{
+    const struct sim_name *n;
+    size_t len = strlen(path);
+
+    list_for_each (&d->names, n, link)
+        if (strncmp(n->path, path, len) == 0 && n->path[len] == '/')
+            return true;
+    return false;
+}
+
 int disk_unlink(struct sim_disk *d, const char *path)
 {
     struct sim_inode *inode = disk_lookup(d, path);

@@ -74,6 +74,8 @@ struct sim_disk {
 
 struct sim_inode *disk_lookup(struct sim_disk *d, const char *path);
 struct sim_inode *disk_create(struct sim_disk *d, const char *path);
+/* There is a file below it, at any depth. */
+bool disk_has_dir(const struct sim_disk *d, const char *path);
 int disk_unlink(struct sim_disk *d, const char *path);
 int disk_rename(struct sim_disk *d, const char *from, const char *to);
 /* Of the directory of this path, or which it is. */

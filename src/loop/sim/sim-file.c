@@ -11,6 +11,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -381,6 +382,49 @@ static int64_t do_lock(const struct sim_io *io)
     return 0;
 }
 
+/* ---- names ---- */
+
+/* Here are no links, and the working directory is the root. */
+static int normalize(const char *path, char ret[static PATH_MAX])
+{
+    size_t used = 0;
+
+    while (*path) {
+        size_t len = strcspn(path, "/");
+
+        if (len > NAME_MAX || used + 1 + len >= PATH_MAX)
+            return -ENAMETOOLONG;
+        if (len == 2 && memcmp(path, "..", 2) == 0) {
+            while (used && ret[--used] != '/')
+                ;
+        } else if (len && !(len == 1 && *path == '.')) {
+            ret[used++] = '/';
+            memcpy(ret + used, path, len);
+            used += len;
+        }
+        path += len + (path[len] == '/');
+    }
+    ret[used] = '\0';
+    return 0;
+}
+
+static int64_t do_resolve(const struct io_op *op)
+{
+    const struct sim_inode *inode;
+    int r = normalize(op->path, op->ret_path);
+
+    if (r < 0 || !*op->path)
+        return r < 0 ? r : -ENOENT;
+    inode = disk_lookup(disk(), op->ret_path);
+    if (inode)
+        return (int64_t)inode->setup.type;
+    if (!disk_has_dir(disk(), op->ret_path))
+        return -ENOENT;
+    if (!*op->ret_path)
+        memcpy(op->ret_path, "/", 2);
+    return FILE_TYPE_DIRECTORY;
+}
+
 /* ---- from submission to completion ---- */
 
 /* G8: memory that the kernel may touch is there until the operation has ended. */
@@ -439,6 +483,8 @@ static int64_t perform(struct sim_io *io)
     case IO_SYNC_DIR:
         disk_sync_dir(disk(), op->path);
         return 0;
+    case IO_RESOLVE:
+        return do_resolve(op);
     case IO_LISTEN:
     case IO_ACCEPT:
     case IO_CONNECT:

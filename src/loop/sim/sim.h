@@ -138,7 +138,8 @@ void sim_stall(struct loop *loop, uint64_t until_ns);
 
 /*
  * Files by absolute path. All directories exist. What is written becomes durable by sync, by a durable write, or by itself at
- * some time; names become durable by file_co_sync_dir() alone. The disk outlives the runs on it.
+ * some time; names become durable by file_co_sync_dir() alone. file_co_resolve() sees those directories that hold files. The
+ * disk outlives the runs on it.
  */
 struct sim_disk *sim_disk_new(void);
 /* Returns NULL; NULL is fine. */

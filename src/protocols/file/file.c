@@ -93,7 +93,9 @@ static int check_type(const struct file *file, bool want_device, struct error **
                          type == FILE_TYPE_REGULAR ? ": use driver 'file'" : "");
     if (!want_device && type != FILE_TYPE_REGULAR)
         return error_set(err, EINVAL, "'%s' is no regular file%s", file_path(file),
-                         type == FILE_TYPE_OTHER ? "" : ": use driver 'host_device'");
+                         type == FILE_TYPE_BLOCK || type == FILE_TYPE_CHARACTER
+                             ? ": use driver 'host_device'"
+                             : "");
     return 0;
 }
 
