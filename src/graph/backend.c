@@ -230,7 +230,7 @@ void backend_count_invalid(struct backend *b, enum request_kind kind)
 
 uint64_t backend_size(const struct backend *b)
 {
-    return b->root->node->size;
+    return node_size(b->root->node);
 }
 
 unsigned backend_alignment(const struct backend *b)

@@ -22,6 +22,19 @@
 
 enum driver_kind { DRIVER_PROTOCOL, DRIVER_FORMAT, DRIVER_FILTER };
 
+/* Where a range of a format's disk lies. */
+enum mapping_kind {
+    MAPPING_DATA,  /* in the node's file, from host_offset on, as it is */
+    MAPPING_ZERO,  /* nowhere: it reads as zeroes */
+    MAPPING_BELOW, /* in the backing node; without one, and beyond its end, it reads as zeroes */
+};
+
+struct mapping {
+    enum mapping_kind kind;
+    uint64_t len; /* bytes that the answer holds for; > 0 */
+    uint64_t host_offset;
+};
+
 struct driver {
     const char *name;
     enum driver_kind kind;
@@ -31,7 +44,7 @@ struct driver {
     bool reads_to_write; /* a filter that reads its child before it changes it */
     bool
         guards_writes; /* a filter past which, while it has users, nobody else may change or resize its child */
-    bool zeroes_fast; /* write-zeroes never falls back to writing data, unless a child's does */
+    bool zeroes_fast;    /* write-zeroes never falls back to writing data, unless a child's does */
     bool keeps_metadata; /* a format that keeps metadata of its own in its file */
 
     /*
@@ -45,6 +58,12 @@ struct driver {
     void (*co_close)(struct node *node);
 
     int (*co_read)(struct node *node, struct request *req);
+    /*
+     * Instead of co_read and co_extents, for formats that may have a backing node (Q3): says where what is at `offset` lies, for
+     * `len` bytes at most. Called inside the node's epoch; what it says holds until that is left (Q2). Its I/O is done for `req`.
+     */
+    int (*co_map)(struct node *node, const struct request *req, uint64_t offset, uint64_t len,
+                  struct mapping *ret);
     int (*co_write)(struct node *node, struct request *req);
     int (*co_write_zeroes)(struct node *node, struct request *req);
     int (*co_discard)(struct node *node, struct request *req);

@@ -7,6 +7,7 @@
 #include "base/macros.h"
 #include "graph/access.h"
 #include "graph/driver.h"
+#include "graph/epoch.h"
 #include "graph/graph.h"
 #include "graph/node.h"
 #include "graph/overlap.h"
@@ -39,8 +40,9 @@ struct node {
     /* Read by requests; constant while a gate above is open. */
     const struct driver *driver;
     void *state;
-    struct edge *file; /* the first child */
-    uint64_t size;
+    struct edge *file;    /* the first child that is no backing node */
+    struct edge *backing; /* the child `backing` of a format, or NULL */
+    uint64_t size;        /* atomic: a format's file grows under load */
     unsigned align;
     unsigned memory_align;
     unsigned preferred_align; /* if larger than align: what a child needs */
@@ -48,6 +50,7 @@ struct node {
     struct tracker *trackers;
     struct overlap overlap; /* what is being written, if align > 1 */
     struct unended unended; /* what the host may still write (G9) */
+    struct epoch epoch;     /* who uses what co_map said (Q2) */
 
     /* Only touched on the control thread. */
     struct graph *graph;
@@ -65,6 +68,8 @@ struct node {
     /* Of the last walk over the graph that came here, by direction (walk.c). */
     uint64_t walked[2];
     struct node *walk_next;
+    char *wanted_file; /* a backing file that the image names, and its format; or NULL */
+    char *wanted_format;
     bool monitor_owned;
     bool opened;
     bool needs_reopen;          /* D3: takes no more metadata writes */

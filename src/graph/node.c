@@ -35,7 +35,8 @@ const struct node_settings *node_settings(const struct node *node)
 
 uint64_t node_size(const struct node *node)
 {
-    return node->size;
+    /* Relaxed: whoever is told by a request's answer that a node has grown has that order from the answer. */
+    return atomic_get_relaxed(&node->size);
 }
 
 unsigned node_alignment(const struct node *node)
@@ -64,6 +65,16 @@ struct edge *node_file(const struct node *node)
     return node->file;
 }
 
+struct edge *node_backing(const struct node *node)
+{
+    return node->backing;
+}
+
+struct epoch *node_epoch(struct node *node)
+{
+    return &node->epoch;
+}
+
 struct node *edge_node(const struct edge *edge)
 {
     return edge->node;
@@ -77,7 +88,7 @@ const char *edge_name(const struct edge *edge)
 void node_set_size(struct node *node, uint64_t size)
 {
     assert(size <= (uint64_t)NODE_SIZE_MAX);
-    node->size = size;
+    atomic_set_relaxed(&node->size, size); /* as above */
     for (struct tracker *t = node->trackers; t; t = t->next)
         t->resized(t, size);
 }
@@ -147,7 +158,9 @@ struct edge *edge_new(struct node *parent, struct backend *backend, struct node 
     list_append(&child->parents, &e->child_link);
     if (parent) {
         list_append(&parent->children, &e->parent_link);
-        if (!parent->file)
+        if (strcmp(name, "backing") == 0)
+            parent->backing = e;
+        else if (!parent->file)
             parent->file = e;
     }
     return e;
@@ -162,6 +175,8 @@ struct node *edge_free(struct edge *edge)
     list_remove(&edge->parent_link);
     if (parent && parent->file == edge)
         parent->file = list_first(&parent->children, struct edge, parent_link);
+    if (parent && parent->backing == edge)
+        parent->backing = NULL;
     free(edge->name);
     free(edge);
     return child;

@@ -16,6 +16,7 @@
 
 struct driver;
 struct edge;
+struct epoch;
 struct graph;
 struct node;
 struct node_options; /* generated: a node's definition */
@@ -51,6 +52,11 @@ struct edge *node_child(const struct node *node, const char *name);
 /* The first child: a filter's or format's `file`. */
 struct edge *node_file(const struct node *node);
 
+/* The child `backing` of a format, or NULL. */
+struct edge *node_backing(const struct node *node);
+/* For formats with a map: who uses what it said (Q2). */
+struct epoch *node_epoch(struct node *node);
+
 struct node *edge_node(const struct edge *edge);
 const char *edge_name(const struct edge *edge);
 
@@ -65,5 +71,10 @@ void node_set_alignment(struct node *node, unsigned request, unsigned memory);
 void node_set_preferred_alignment(struct node *node, unsigned request);
 /* For co_open: opened for reading only after all. */
 void node_set_read_only(struct node *node);
+/*
+ * For co_open of a format, when the options say nothing of a backing node: what its image names shall be opened, as a file of
+ * that format, if grants allow it (Q6).
+ */
+void node_want_backing(struct node *node, const char *file, const char *format);
 
 #endif

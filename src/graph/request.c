@@ -8,6 +8,7 @@
 #include "graph/request.h"
 #include "base/checked.h"
 #include "base/macros.h"
+#include "graph/chain.h"
 #include "graph/gate.h"
 #include "graph/node-internal.h"
 #include "graph/request-internal.h"
@@ -38,6 +39,32 @@ void request_zero_from(const struct request *req, uint64_t from)
             memset((char *)v->iov_base + from, 0, v->iov_len - (size_t)from);
         from -= MIN(from, (uint64_t)v->iov_len);
     }
+}
+
+uint64_t request_slice(struct request *piece, const struct request *whole, uint64_t skip,
+                       uint64_t len, struct iovec *iov, int max)
+{
+    uint64_t at = skip;
+    uint64_t done = 0;
+    int n = 0;
+
+    for (int i = 0; i < whole->iov_count && n < max && done < len; i++) {
+        const struct iovec *v = &whole->iov[i];
+
+        if (skip >= v->iov_len) {
+            skip -= v->iov_len;
+            continue;
+        }
+        iov[n].iov_base = (char *)v->iov_base + skip;
+        iov[n].iov_len = (size_t)MIN(len - done, (uint64_t)v->iov_len - skip);
+        done += iov[n++].iov_len;
+        skip = 0;
+    }
+    piece->offset = whole->offset + at;
+    piece->iov = iov;
+    piece->iov_count = n;
+    piece->len = done;
+    return done;
 }
 
 static bool memory_is_aligned(const struct node *node, const struct request *req)
@@ -87,6 +114,8 @@ static int co_fn finish_fua(struct node *node, struct request *req)
 
 int node_co_read_aligned(struct node *node, struct request *req)
 {
+    if (node->driver->co_map)
+        return chain_co_read(node, req);
     return node->driver->co_read ? node->driver->co_read(node, req) : pass_through(node, req);
 }
 
@@ -233,7 +262,9 @@ static int co_fn node_co_extents(struct node *node, struct request *whole)
 
         req.offset = pos;
         req.len = end - pos;
-        if (node->driver->co_extents) {
+        if (node->driver->co_map) {
+            r = chain_co_extents(node, &req);
+        } else if (node->driver->co_extents) {
             r = node->driver->co_extents(node, &req);
         } else if (node->driver->kind == DRIVER_FILTER) {
             r = edge_co_request(node->file, &req);
@@ -324,10 +355,14 @@ static int co_fn node_co_change(struct node *node, struct request *req)
 /* The filter's size is its child's. */
 static int co_fn node_co_resize(struct node *node, struct request *req)
 {
-    int r = node->driver->co_resize ? node->driver->co_resize(node, req) : pass_through(node, req);
+    int r;
+
+    if (req->flags & REQUEST_GROW && req->offset <= node_size(node))
+        return 0;
+    r = node->driver->co_resize ? node->driver->co_resize(node, req) : pass_through(node, req);
 
     if (r == 0 && !node->driver->co_resize)
-        node_set_size(node, node->file->node->size);
+        node_set_size(node, node_size(node->file->node));
     if (unlikely(r < 0) && was_left(node, r))
         unended_add(&node->unended, req->offset, UINT64_MAX); /* it may still become shorter */
     return r;
@@ -335,8 +370,8 @@ static int co_fn node_co_resize(struct node *node, struct request *req)
 
 static int co_fn node_co_request(struct node *node, struct request *req)
 {
-    if (unlikely(!range_within(req->offset, req->len, node->size)) && req->kind != REQUEST_FLUSH &&
-        req->kind != REQUEST_RESIZE)
+    if (unlikely(!range_within(req->offset, req->len, node_size(node))) &&
+        req->kind != REQUEST_FLUSH && req->kind != REQUEST_RESIZE)
         return -EIO;
     switch (req->kind) {
     case REQUEST_READ:

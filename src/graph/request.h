@@ -33,6 +33,8 @@ enum request_flags {
     REQUEST_MAY_UNMAP = 1 << 1,   /* write-zeroes: the space may be given back */
     REQUEST_NO_FALLBACK = 1 << 2, /* write-zeroes: -EOPNOTSUPP rather than writing zeroes */
     REQUEST_UNCHANGED = 1 << 3,   /* write: the data is what reads give already */
+    REQUEST_GROW =
+        1 << 4, /* resize: never to less; others may be in flight meanwhile, but no other resize */
 };
 
 struct edge;
@@ -85,6 +87,13 @@ static inline int co_fn edge_co_request_at(struct edge *edge, const struct reque
     sub.offset = offset;
     return edge_co_request(edge, &sub);
 }
+
+/*
+ * Makes `piece`, a copy of `whole`, the part of it from byte `skip` on: at most `len` bytes in at most `max` vectors, which
+ * `iov` holds. Returns its length.
+ */
+uint64_t request_slice(struct request *piece, const struct request *whole, uint64_t skip,
+                       uint64_t len, struct iovec *iov, int max);
 
 /* Fills what lies in the iov from byte `from` on with zeroes: for drivers whose data ends before the request does. */
 void request_zero_from(const struct request *req, uint64_t from);

@@ -1,0 +1,249 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Walking a backing chain (Q3). Each layer is asked inside its own epoch, which is left at once unless the data lies in that
+ * layer's file; then it is left when the data has been read (Q2).
+ */
+#include "graph/chain.h"
+#include "base/macros.h"
+#include "graph/node-internal.h"
+
+#include <errno.h>
+
+/* A piece of a request that is longer than this many vectors is read in several. */
+#define PIECE_IOV 16
+
+enum found_kind {
+    FOUND_DATA,  /* in the file of `layer` */
+    FOUND_PLAIN, /* `layer` is no format with a map: ask it */
+    FOUND_ZERO,
+};
+
+/* Who answers for the bytes from one place on. */
+struct found {
+    enum found_kind kind;
+    struct node *layer;
+    struct edge *via; /* the edge to the layer; NULL: it is the top */
+    uint64_t len;
+    uint64_t host_offset; /* FOUND_DATA */
+    bool said;            /* FOUND_ZERO: by the layer, not for want of one */
+
+    /* FOUND_DATA: we are inside. */
+    struct epoch_slot *slot;
+    unsigned phase;
+};
+
+static void found_leave(struct found *f)
+{
+    if (f->slot)
+        epoch_leave(f->slot, f->phase);
+    f->slot = NULL;
+}
+
+/* Asks one layer. Stays inside if it is the one. */
+static int co_fn ask(struct found *f, const struct request *req, uint64_t offset,
+                     enum mapping_kind *ret)
+{
+    struct node *layer = f->layer;
+    struct mapping map = {.kind = MAPPING_ZERO};
+    int r;
+
+    f->slot = epoch_slot_here(&layer->epoch);
+    if (unlikely(!f->slot))
+        return -ENOMEM;
+    f->phase = epoch_enter(f->slot);
+    r = layer->driver->co_map(layer, req, offset, f->len, &map);
+    *ret = map.kind;
+    if (r < 0 || map.kind != MAPPING_DATA)
+        found_leave(f);
+    f->len = map.len;
+    f->host_offset = map.host_offset;
+    return r;
+}
+
+/* From `layer` down; found_leave() gives back what it holds. */
+static int co_fn find(struct node *layer, struct edge *via, const struct request *req,
+                      uint64_t offset, uint64_t len, struct found *f)
+{
+    *f = (struct found){.kind = FOUND_ZERO, .layer = layer, .via = via, .len = len};
+    while (f->layer) {
+        uint64_t size = node_size(f->layer);
+        enum mapping_kind kind;
+        int r;
+
+        if (offset >= size)
+            return 0; /* a backing node that is shorter */
+        f->len = MIN(f->len, size - offset);
+        if (!f->layer->driver->co_map) {
+            f->kind = FOUND_PLAIN;
+            return 0;
+        }
+        r = ask(f, req, offset, &kind);
+        if (r < 0)
+            return r;
+        switch (kind) {
+        case MAPPING_DATA:
+            f->kind = FOUND_DATA;
+            return 0;
+        case MAPPING_ZERO:
+            f->said = true;
+            return 0;
+        case MAPPING_BELOW:
+            break;
+        }
+        f->via = f->layer->backing;
+        f->layer = f->via ? f->via->node : NULL;
+    }
+    return 0;
+}
+
+/* The file may end within its last cluster: what it lacks there reads as zeroes. */
+static int co_fn read_file(struct edge *file, struct request *req, uint64_t host_offset)
+{
+    uint64_t size = node_size(file->node);
+    struct iovec iov[PIECE_IOV];
+    struct request inside;
+
+    if (likely(host_offset < size && req->len <= size - host_offset))
+        return edge_co_request_at(file, req, host_offset);
+    if (host_offset >= size) {
+        request_zero_from(req, 0);
+        return 0;
+    }
+    if (req->iov_count > PIECE_IOV)
+        return -EINVAL; /* pieces are not longer */
+    request_zero_from(req, size - host_offset);
+    inside = *req;
+    (void)request_slice(&inside, req, 0, size - host_offset, iov, PIECE_IOV);
+    return edge_co_request_at(file, &inside, host_offset);
+}
+
+static int co_fn read_found(const struct found *f, struct request *req)
+{
+    switch (f->kind) {
+    case FOUND_DATA:
+        return read_file(f->layer->file, req, f->host_offset);
+    case FOUND_PLAIN:
+        return edge_co_request(f->via, req);
+    case FOUND_ZERO:
+        request_zero_from(req, 0);
+        break;
+    }
+    return 0;
+}
+
+/* The whole request through the chain that begins with this layer, piece by piece. */
+static int co_fn read_chain(struct node *layer, struct edge *via, struct request *req)
+{
+    uint64_t done = 0;
+    int r = 0;
+
+    while (r == 0 && done < req->len) {
+        struct found f;
+
+        r = find(layer, via, req, req->offset + done, req->len - done, &f);
+        if (r < 0)
+            return r;
+        if (f.len == req->len && req->iov_count <= PIECE_IOV) {
+            r = read_found(&f, req);
+        } else {
+            struct iovec iov[PIECE_IOV];
+            struct request piece = *req;
+
+            f.len = request_slice(&piece, req, done, f.len, iov, PIECE_IOV);
+            r = read_found(&f, &piece);
+        }
+        done += f.len;
+        found_leave(&f);
+    }
+    return r;
+}
+
+int chain_co_read(struct node *top, struct request *req)
+{
+    return read_chain(top, NULL, req);
+}
+
+int chain_co_read_below(struct node *node, const struct request *req)
+{
+    struct edge *via = node->backing;
+    struct request below = *req;
+
+    below.kind = REQUEST_READ;
+    return read_chain(via ? via->node : NULL, via, &below);
+}
+
+/* A node without a map is asked for the extents of what it answers for; they come into the free part of the same array. */
+static int co_fn plain_extents(const struct found *f, const struct request *req, uint64_t offset,
+                               struct extents *ret)
+{
+    struct request sub = request_for(req, REQUEST_EXTENTS, offset, f->len);
+
+    sub.extents = ret;
+    return edge_co_request(f->via, &sub);
+}
+
+int chain_co_zero_below(struct node *node, const struct request *req, uint64_t offset, uint64_t len)
+{
+    struct edge *via = node->backing;
+    bool zero = true;
+
+    while (zero && len) {
+        struct extent one = {.flags = EXTENT_ZERO};
+        struct extents plain = {.v = &one, .max = 1};
+        struct found f;
+        int r = find(via ? via->node : NULL, via, req, offset, len, &f);
+
+        if (r == 0 && f.kind == FOUND_PLAIN) {
+            r = plain_extents(&f, req, offset, &plain);
+            f.len = plain.count ? MIN(f.len, one.len) : f.len;
+        }
+        found_leave(&f);
+        if (r < 0)
+            return r;
+        zero = f.kind != FOUND_DATA && (one.flags & EXTENT_ZERO);
+        offset += f.len;
+        len -= f.len;
+    }
+    return zero;
+}
+
+/* What a node below says, as the top shows it. */
+static int co_fn add_plain(struct node *top, const struct found *f, const struct request *req)
+{
+    struct extents *ours = req->extents;
+    struct extents below = {.v = ours->v + ours->count, .max = ours->max - ours->count};
+    int r = plain_extents(f, req, req->offset, &below);
+
+    for (unsigned i = 0; i < below.count && r == 0; i++) {
+        struct extent e = below.v[i];
+
+        if (f->layer != top)
+            e.flags &= ~(unsigned)EXTENT_ALLOCATED;
+        (void)extents_add(ours,
+                          &e); /* there is room: ours->v + ours->count is not past below.v + i */
+    }
+    return r;
+}
+
+int chain_co_extents(struct node *top, struct request *req)
+{
+    struct extent e = {.offset = req->offset};
+    struct found f;
+    int r = find(top, NULL, req, req->offset, req->len, &f);
+
+    found_leave(&f);
+    if (r < 0)
+        return r;
+    if (f.kind == FOUND_PLAIN)
+        return add_plain(top, &f, req);
+    e.len = f.len;
+    e.flags = f.kind == FOUND_DATA ? EXTENT_DATA | EXTENT_OFFSET_VALID : EXTENT_ZERO;
+    if (f.layer == top && (f.kind == FOUND_DATA || f.said))
+        e.flags |= EXTENT_ALLOCATED;
+    if (f.kind == FOUND_DATA) {
+        e.host = f.layer->file->node;
+        e.host_offset = f.host_offset;
+    }
+    (void)extents_add(req->extents, &e); /* full is as good */
+    return 0;
+}

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Backing chains: a format says where a range lies, and goes no further; here the layers are asked one after the other, in a
+ * loop of constant stack (Q3). For formats that copy on write, and for the core.
+ */
+#ifndef CAIRN_GRAPH_CHAIN_H
+#define CAIRN_GRAPH_CHAIN_H
+
+#include "base/context.h"
+#include "graph/node.h"
+#include "graph/request.h"
+
+/* For a format: reads what its backing node shows, zeroes where it shows nothing, into the request's memory; at its offset. */
+int co_fn chain_co_read_below(struct node *node, const struct request *req);
+/* Does what lies below read as zeroes, as far as that can be told without reading it? 1, 0, or a negative errno. */
+int co_fn chain_co_zero_below(struct node *node, const struct request *req, uint64_t offset,
+                              uint64_t len);
+
+/* For the core: requests to a node whose driver has co_map. */
+int co_fn chain_co_read(struct node *top, struct request *req);
+/* Adds an extent at least, from the start of the range; none if the array is full. */
+int co_fn chain_co_extents(struct node *top, struct request *req);
+
+#endif
