@@ -73,10 +73,40 @@ struct access node_access_sum(const struct node *node)
     return sum;
 }
 
-struct access access_below(const struct node *parent)
+/* Q3: what lies below is read for users who read, and by copy-on-write. It may change only if they are prepared for that. */
+static struct access access_of_backing(struct access users)
 {
+    struct access a = {.tolerates = ACCESS_READ | ACCESS_WRITE_UNCHANGED};
+
+    if (users.wants & (ACCESS_READ | ACCESS_WRITE))
+        a.wants = ACCESS_READ;
+    if (users.tolerates & ACCESS_WRITE)
+        a.tolerates |= ACCESS_WRITE | ACCESS_RESIZE;
+    return a;
+}
+
+/*
+ * The file of a format with metadata of its own: it is read, and written to, also when nobody uses the node, and nobody else may
+ * change it. The same locks as QEMU's follow from it.
+ */
+static struct access access_of_metadata(const struct node *parent, struct access users)
+{
+    users.wants |= ACCESS_READ;
+    if (!parent->settings.read_only)
+        users.wants |= ACCESS_WRITE | ACCESS_RESIZE;
+    users.tolerates &= ~(unsigned)(ACCESS_WRITE | ACCESS_RESIZE);
+    return users;
+}
+
+struct access access_below(const struct edge *child)
+{
+    const struct node *parent = child->parent;
     struct access sum = node_access_sum(parent);
 
+    if (child->backing)
+        return access_of_backing(sum);
+    if (parent->driver->keeps_metadata && child == parent->file)
+        return access_of_metadata(parent, sum);
     /* A format reads its own metadata there; nobody may change the size under it. */
     if (parent->driver->kind == DRIVER_FORMAT)
         sum.tolerates &= ~(unsigned)ACCESS_RESIZE;
@@ -129,7 +159,7 @@ static int walk_node(struct access_walk *walk, struct node *node, struct error *
                          node->name);
     walk->nodes[walk->node_count++] = node;
     list_for_each (&node->children, child, parent_link) {
-        struct access below = access_below(node);
+        struct access below = access_below(child);
 
         if (below.wants == edge_access(child).wants &&
             below.tolerates == edge_access(child).tolerates)

@@ -47,8 +47,8 @@ bool co_fn control_fn graph_abandon_orphans(struct graph *g);
 unsigned node_depth_below(const struct node *node);
 unsigned node_depth_above(const struct node *node);
 
-/* What a node must ask of a child so that its own users get what they want. */
-struct access access_below(const struct node *parent);
+/* What a node must ask of its child so that its own users, and its own metadata, get what they need. */
+struct access access_below(const struct edge *child);
 
 void graph_name_insert(struct graph *g, struct node *node);
 void graph_name_remove(struct graph *g, struct node *node);

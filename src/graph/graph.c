@@ -237,7 +237,7 @@ static int co_fn control_fn settle_access(struct node *node, struct error **err)
     struct edge *e;
 
     list_for_each (&node->children, e, parent_link) {
-        int r = access_change(e, access_below(node), err);
+        int r = access_change(e, access_below(e), err);
 
         if (r < 0)
             return r;

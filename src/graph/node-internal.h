@@ -22,6 +22,7 @@ struct edge {
     struct node *parent;     /* NULL: the parent is a backend */
     struct backend *backend; /* or NULL */
     char *name;
+    bool backing; /* a format's child `backing`: it is walked, not called (Q3) */
     struct access access;
 
     uint32_t cut; /* atomic: requests that go down it get -EIO (G7) */

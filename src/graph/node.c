@@ -152,18 +152,30 @@ struct edge *edge_new(struct node *parent, struct backend *backend, struct node 
     e->parent = parent;
     e->backend = backend;
     e->name = xstrdup(name);
+    e->backing = parent && strcmp(name, "backing") == 0;
     e->access = ACCESS_NONE;
     list_init(&e->parent_link);
     list_init(&e->arriving_link);
     list_append(&child->parents, &e->child_link);
     if (parent) {
         list_append(&parent->children, &e->parent_link);
-        if (strcmp(name, "backing") == 0)
+        if (e->backing)
             parent->backing = e;
         else if (!parent->file)
             parent->file = e;
     }
     return e;
+}
+
+static struct edge *first_but_backing(const struct node *node)
+{
+    struct edge *e;
+
+    list_for_each (&node->children, e, parent_link) {
+        if (!e->backing)
+            return e;
+    }
+    return NULL;
 }
 
 struct node *edge_free(struct edge *edge)
@@ -174,7 +186,7 @@ struct node *edge_free(struct edge *edge)
     list_remove(&edge->child_link);
     list_remove(&edge->parent_link);
     if (parent && parent->file == edge)
-        parent->file = list_first(&parent->children, struct edge, parent_link);
+        parent->file = first_but_backing(parent);
     if (parent && parent->backing == edge)
         parent->backing = NULL;
     free(edge->name);

@@ -49,10 +49,9 @@ unsigned node_preferred_alignment(const struct node *node);
 
 /* The edge to the child of this name, or the first one for "file". NULL if there is none. */
 struct edge *node_child(const struct node *node, const char *name);
-/* The first child: a filter's or format's `file`. */
+/* The first child that is no backing node: a filter's or format's `file`. */
 struct edge *node_file(const struct node *node);
-
-/* The child `backing` of a format, or NULL. */
+/* The child `backing` of a format; NULL if there is none. The core walks it, drivers do not call it (Q3). */
 struct edge *node_backing(const struct node *node);
 /* For formats with a map: who uses what it said (Q2). */
 struct epoch *node_epoch(struct node *node);
