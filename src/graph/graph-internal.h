@@ -17,6 +17,7 @@ struct graph {
     struct list backends; /* struct backend */
     struct list changes;  /* struct change */
     struct list orphans;  /* struct node (G7) */
+    struct list grants;   /* struct grant (Q6) */
     struct co_scope closers;
     struct node *names[GRAPH_NAME_BUCKETS];
     unsigned next_auto_name;
@@ -49,6 +50,9 @@ unsigned node_depth_above(const struct node *node);
 
 /* What a node must ask of its child so that its own users, and its own metadata, get what they need. */
 struct access access_below(const struct edge *child);
+
+/* Drops all grants. */
+void grants_release(struct graph *g);
 
 void graph_name_insert(struct graph *g, struct node *node);
 void graph_name_remove(struct graph *g, struct node *node);

@@ -30,6 +30,7 @@ struct graph *graph_new(const struct driver *const *const *drivers)
     list_init(&g->backends);
     list_init(&g->changes);
     list_init(&g->orphans);
+    list_init(&g->grants);
     co_scope_init(&g->closers);
     g->change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS;
     return g;
@@ -413,6 +414,7 @@ struct graph *graph_co_free(struct graph *g)
     if (graph_abandon_orphans(g) || !list_empty(&g->nodes))
         return NULL; /* the host may still write into what it is made of */
     assert(list_empty(&g->changes));
+    grants_release(g);
     free(g);
     return NULL;
 }
