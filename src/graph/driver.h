@@ -82,6 +82,12 @@ struct driver {
     /* How many operations their requests have left (fenced, G7) and the host has not ended; NULL: there never are any. */
     unsigned (*unresolved)(const struct node *node);
 
+    /*
+     * Does REQUEST_GROW make it as large as is wanted, and does what is new read as zeroes? NULL: as the first child of a
+     * filter, else no.
+     */
+    bool (*grows)(const struct node *node);
+
     /* What queries show; all may be NULL. The text belongs to the node. */
     const char *(*filename)(const struct node *node);
     uint64_t (*allocated_bytes)(const struct node *node);

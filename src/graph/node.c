@@ -85,6 +85,20 @@ const char *edge_name(const struct edge *edge)
     return edge->name;
 }
 
+bool node_grows(const struct node *node)
+{
+    if (node->settings.read_only)
+        return false;
+    if (node->driver->grows)
+        return node->driver->grows(node);
+    return node->driver->kind == DRIVER_FILTER && node->file && node_grows(node->file->node);
+}
+
+bool node_has_unresolved(const struct node *node)
+{
+    return node_unresolved_below(node);
+}
+
 void node_set_size(struct node *node, uint64_t size)
 {
     assert(size <= (uint64_t)NODE_SIZE_MAX);

@@ -59,6 +59,11 @@ struct epoch *node_epoch(struct node *node);
 struct node *edge_node(const struct edge *edge);
 const char *edge_name(const struct edge *edge);
 
+/* Does REQUEST_GROW work here, and does what is new read as zeroes? */
+bool node_grows(const struct node *node);
+/* Has the host not ended operations, of it or of nodes below, that their requests have left (G9)? */
+bool node_has_unresolved(const struct node *node);
+
 /* For co_open and co_resize. */
 void node_set_size(struct node *node, uint64_t size);
 /* `memory`: of addresses; not more than `request`, unless that is 1. Both powers of two, bytes. */

@@ -12,30 +12,6 @@
 
 #define BOUNCE_STEP ((uint64_t)1 << 20)
 
-/* Copies between a place in a vector and flat memory. */
-static void iov_copy(const struct iovec *iov, int count, uint64_t skip, void *flat, size_t len,
-                     bool to_iov)
-{
-    char *p = flat;
-
-    for (int i = 0; i < count && len; i++) {
-        size_t piece;
-
-        if (skip >= iov[i].iov_len) {
-            skip -= iov[i].iov_len;
-            continue;
-        }
-        piece = MIN(iov[i].iov_len - (size_t)skip, len);
-        if (to_iov)
-            memcpy((char *)iov[i].iov_base + skip, p, piece);
-        else
-            memcpy(p, (char *)iov[i].iov_base + skip, piece);
-        p += piece;
-        len -= piece;
-        skip = 0;
-    }
-}
-
 static int co_fn transfer_blocks(struct node *node, const struct request *like,
                                  enum request_kind kind, uint64_t offset, struct iobuf *b,
                                  size_t at, size_t len)
@@ -73,8 +49,7 @@ int node_co_read_unaligned(struct node *node, const struct request *req)
 
         r = transfer_blocks(node, req, REQUEST_READ, first, b, 0, (size_t)(last - first));
         if (r == 0)
-            iov_copy(req->iov, req->iov_count, pos - req->offset, b->data + (pos - first), len,
-                     true);
+            request_scatter(req, pos - req->offset, b->data + (pos - first), len);
         pos += len;
     }
     iobuf_unref(b);
@@ -121,8 +96,7 @@ int node_co_write_unaligned(struct node *node, const struct request *req)
         r = read_ends(node, req, b, first, last, pos, step_last);
         if (r < 0)
             break;
-        iov_copy(req->iov, req->iov_count, pos - req->offset, b->data + (pos - first),
-                 (size_t)(step_last - pos), false);
+        request_gather(req, pos - req->offset, b->data + (pos - first), (size_t)(step_last - pos));
         r = transfer_blocks(node, req, REQUEST_WRITE, first, b, 0, (size_t)(last - first));
         pos = step_last;
     }

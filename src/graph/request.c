@@ -67,6 +67,40 @@ uint64_t request_slice(struct request *piece, const struct request *whole, uint6
     return done;
 }
 
+/* Copies between a place in a vector and flat memory. */
+static void iov_copy(const struct iovec *iov, int count, uint64_t skip, void *flat, size_t len,
+                     bool to_iov)
+{
+    char *p = flat;
+
+    for (int i = 0; i < count && len; i++) {
+        size_t piece;
+
+        if (skip >= iov[i].iov_len) {
+            skip -= iov[i].iov_len;
+            continue;
+        }
+        piece = MIN(iov[i].iov_len - (size_t)skip, len);
+        if (to_iov)
+            memcpy((char *)iov[i].iov_base + skip, p, piece);
+        else
+            memcpy(p, (char *)iov[i].iov_base + skip, piece);
+        p += piece;
+        len -= piece;
+        skip = 0;
+    }
+}
+
+void request_gather(const struct request *req, uint64_t skip, void *ret, size_t len)
+{
+    iov_copy(req->iov, req->iov_count, skip, ret, len, false);
+}
+
+void request_scatter(const struct request *req, uint64_t skip, const void *data, size_t len)
+{
+    iov_copy(req->iov, req->iov_count, skip, (void *)(uintptr_t)data, len, true);
+}
+
 static bool memory_is_aligned(const struct node *node, const struct request *req)
 {
     unsigned mask = node->memory_align - 1;

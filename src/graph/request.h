@@ -95,6 +95,10 @@ static inline int co_fn edge_co_request_at(struct edge *edge, const struct reque
 uint64_t request_slice(struct request *piece, const struct request *whole, uint64_t skip,
                        uint64_t len, struct iovec *iov, int max);
 
+/* Copies `len` bytes of a request's memory, from byte `skip` of it on, to flat memory, or from there. */
+void request_gather(const struct request *req, uint64_t skip, void *ret, size_t len);
+void request_scatter(const struct request *req, uint64_t skip, const void *data, size_t len);
+
 /* Fills what lies in the iov from byte `from` on with zeroes: for drivers whose data ends before the request does. */
 void request_zero_from(const struct request *req, uint64_t from);
 

@@ -97,6 +97,13 @@ static int co_fn raw_co_resize(struct node *node, struct request *req)
     return r;
 }
 
+static bool raw_grows(const struct node *node)
+{
+    const struct raw *raw = node_state(node);
+
+    return !raw->fixed_size && node_grows(edge_node(node_file(node)));
+}
+
 const struct driver raw_driver = {
     .name = "raw",
     .kind = DRIVER_FORMAT,
@@ -113,4 +120,5 @@ const struct driver raw_driver = {
     .co_flush = raw_co_request,
     .co_extents = raw_co_extents,
     .co_resize = raw_co_resize,
+    .grows = raw_grows,
 };

@@ -305,6 +305,12 @@ static int co_fn host_file_co_resize(struct node *node, struct request *req)
     return r;
 }
 
+static bool file_grows(const struct node *node)
+{
+    (void)node;
+    return true;
+}
+
 static const char *host_file_filename(const struct node *node)
 {
     const struct host_file *h = node_state(node);
@@ -343,6 +349,7 @@ const struct driver file_driver = {
     .co_extents = host_file_co_extents,
     .co_resize = host_file_co_resize,
     .co_set_access = host_file_co_set_access,
+    .grows = file_grows,
     .unresolved = host_file_unresolved,
     .filename = host_file_filename,
     .allocated_bytes = host_file_allocated_bytes,
