@@ -20,6 +20,7 @@
 #include "formats/list.h"
 #include "graph/backend.h"
 #include "graph/change.h"
+#include "graph/grants.h"
 #include "jobs/job.h"
 #include "loop/co.h"
 #include "loop/loop.h"
@@ -213,18 +214,34 @@ static int control_fn start_monitors(struct daemon *d, struct error **err)
     return r;
 }
 
+/* Q6 */
+static int co_fn control_fn grant_allowed(struct daemon *d, struct error **err)
+{
+    for (size_t i = 0; i < d->options->allowed_count; i++) {
+        int r = graph_co_grant(d->control->graph, d->options->allowed[i], err);
+
+        if (r < 0)
+            return error_wrap(err, r, "--allow");
+    }
+    return 0;
+}
+
 static int co_fn control_fn set_up_steps(struct daemon *d, struct error **err)
 {
+    int r = grant_allowed(d, err);
+
+    if (r < 0)
+        return r;
     for (size_t i = 0; i < d->options->step_count; i++) {
         const struct step *s = &d->options->steps[i];
-        int r = do_step(d, s, err);
+
+        r = do_step(d, s, err);
 
         if (r < 0)
             return step_wrap_error(s, err, r);
     }
     if (d->options->pidfile) {
-        int r = process_write_pidfile(d->options->pidfile, err);
-
+        r = process_write_pidfile(d->options->pidfile, err);
         if (r < 0)
             return r;
     }

@@ -47,6 +47,7 @@ enum {
     OPT_IO_THREADS,
     OPT_COPY_THREADS,
     OPT_CHANGE_DEADLINE,
+    OPT_ALLOW,
     OPT_OBJECT,
     OPT_STEP, /* + enum step_kind */
 };
@@ -63,6 +64,7 @@ static const struct option long_options[] = {
     {"io-threads", required_argument, NULL, OPT_IO_THREADS},
     {"copy-threads", required_argument, NULL, OPT_COPY_THREADS},
     {"change-deadline", required_argument, NULL, OPT_CHANGE_DEADLINE},
+    {"allow", required_argument, NULL, OPT_ALLOW},
     {"object", required_argument, NULL, OPT_OBJECT},
     {"trace", required_argument, NULL, 'T'},
     {"help", no_argument, NULL, 'h'},
@@ -163,6 +165,9 @@ static int read_option(struct options *o, int opt, const char *word, struct erro
         r = read_number("--change-deadline", optarg, CHANGE_DEADLINE_MAX_S, &number, err);
         o->change_deadline_ns = number * NS_PER_S;
         return r;
+    case OPT_ALLOW:
+        o->allowed[o->allowed_count++] = optarg; /* as with steps */
+        return 0;
     case ':':
         return error_set(err, EINVAL, "option '%s' needs a value", word);
     case '?':
@@ -179,6 +184,7 @@ int options_parse(struct options *ret, int argc, char **argv, struct error **err
         .io_threads = usual_io_threads(),
         .copy_threads = COPY_THREADS_USUAL,
         .change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS,
+        .allowed = xnew_n(const char *, (size_t)MAX(argc, 1)),
         .steps = xnew_n(struct step, (size_t)MAX(argc, 1)),
     };
     int r = 0;
@@ -214,6 +220,9 @@ void options_release(struct options *o)
     free(o->steps);
     o->steps = NULL;
     o->step_count = 0;
+    free(o->allowed);
+    o->allowed = NULL;
+    o->allowed_count = 0;
 }
 
 char *options_help(const char *program)
@@ -231,6 +240,7 @@ char *options_help(const char *program)
         "  --io-threads N        threads that serve clients; the default here is %u\n"
         "  --copy-threads N      threads that jobs work on; default %u\n"
         "  --change-deadline S   seconds that a change of the graph may wait; default %u\n"
+        "  --allow DIR           let images refer to files in DIR and below it; may be repeated\n"
         "  -V, --version         say the version and exit\n"
         "  -h, --help            say this and exit\n",
         program, option_help, usual_io_threads(), COPY_THREADS_USUAL,

@@ -29,6 +29,8 @@ struct options {
     unsigned io_threads;
     unsigned copy_threads;
     uint64_t change_deadline_ns;
+    const char **allowed; /* directories that images may refer to; borrowed */
+    size_t allowed_count;
 
     struct step *steps;
     size_t step_count;

@@ -27,24 +27,6 @@ void grants_release(struct graph *g)
     }
 }
 
-int graph_co_grant(struct graph *g, const char *dir, struct error **err)
-{
-    struct grant *grant;
-    char *found = NULL;
-    int r = file_co_resolve(dir, &found);
-
-    if (r < 0)
-        return error_set(err, -r, "cannot grant directory '%s': %s", dir, strerror(-r));
-    if (r != FILE_TYPE_DIRECTORY) {
-        free(found);
-        return error_set(err, ENOTDIR, "cannot grant '%s': it is no directory", dir);
-    }
-    grant = xnew(struct grant);
-    grant->dir = found;
-    list_append(&g->grants, &grant->link);
-    return 0;
-}
-
 /* For messages: control characters would break the line that it stands in. */
 static char *shown(const char *text)
 {
@@ -55,6 +37,25 @@ static char *shown(const char *text)
             *p = '?';
     }
     return copy;
+}
+
+int graph_co_grant(struct graph *g, const char *dir, struct error **err)
+{
+    AUTO(free_ptr) char *text = shown(dir);
+    struct grant *grant;
+    char *found = NULL;
+    int r = file_co_resolve(dir, &found);
+
+    if (r < 0)
+        return error_set(err, -r, "cannot grant directory '%s': %s", text, strerror(-r));
+    if (r != FILE_TYPE_DIRECTORY) {
+        free(found);
+        return error_set(err, ENOTDIR, "cannot grant '%s': it is no directory", text);
+    }
+    grant = xnew(struct grant);
+    grant->dir = found;
+    list_append(&g->grants, &grant->link);
+    return 0;
 }
 
 /* The length of the path's directory; 0 of the root, and of a name without any. */
@@ -99,6 +100,8 @@ static int path_of(const char *image_path, const char *reference, char **ret, st
     size_t len = strcspn(reference, ":/");
     char *path;
 
+    if (!image_path)
+        return error_set(err, EACCES, "it lies in no file, and references are followed from files");
     if (strncmp(reference, "file:", 5) == 0) {
         reference += 5;
         image_path = ""; /* such a name begins at the working directory */
@@ -160,7 +163,7 @@ int grants_co_check(struct graph *g, const char *image_path, const char *referen
     if (r >= 0)
         r = judge(g, image, found, (enum file_type)r, err);
     if (r < 0) {
-        AUTO(free_ptr) char *image_text = shown(image_path);
+        AUTO(free_ptr) char *image_text = shown(image_path ? image_path : "?");
         AUTO(free_ptr) char *text = shown(reference);
 
         return error_wrap(err, r, "image '%s' refers to '%s'", image_text, text);

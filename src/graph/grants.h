@@ -17,7 +17,7 @@ int co_fn control_fn graph_co_grant(struct graph *g, const char *dir, struct err
 /*
  * Where the reference in an image leads, as a canonical path that is owned by the caller. It is taken as QEMU takes it: relative
  * names begin at the directory of the image's name as it is given here, those with `file:` before them at the working
- * directory. -EACCES if it is not granted, or is no plain file name (`json:` and protocols); -EINVAL if it is empty; -ENOENT,
+ * directory. -EACCES if it is not granted, or is no plain file name (`json:` and protocols), or the image has no path (NULL); -EINVAL if it is empty; -ENOENT,
  * -ELOOP, ... if it leads nowhere. Links are followed before anything is compared. Whoever may write to a granted directory
  * may put a link there between this answer and the open: the grant trusts them, and not the image.
  */

@@ -43,7 +43,7 @@ def test_help_names_all_options_and_keys(run):
     status, out, err = run("--help")
     assert status == 0 and err == ""
     for text in ("--blockdev", "--export", "--nbd-server", "--chardev", "--monitor", "--daemonize", "--pidfile",
-                 "--engine", "--io-threads", "--copy-threads", "--change-deadline", "filename=", "cache.direct=on|off", "addr.path=",
+                 "--engine", "--io-threads", "--copy-threads", "--change-deadline", "--allow DIR", "filename=", "cache.direct=on|off", "addr.path=",
                  "max-connections=", "writable=on|off", "pretty=on|off", "[driver=]file|host_device|"):
         assert text in out, text
     assert max(map(len, out.splitlines())) <= 110
@@ -74,6 +74,9 @@ def test_takes_its_name_from_the_call(run, cairnd, tmp_path):
     (["--copy-threads", "0"], "--copy-threads 0: "),
     (["--copy-threads", "17"], "from 1 to 16"),
     (["--change-deadline", "0"], "--change-deadline 0: "),
+    (["--allow", "/", "--allow", "/nowhere"], "--allow: cannot grant directory '/nowhere': No such file or directory"),
+    (["--allow", "/dev/null"], "--allow: cannot grant '/dev/null': it is no directory"),
+    (["--allow", "a\nb"], "--allow: cannot grant directory 'a?b': "),
     (["--blockdev", "null-co"], "--blockdev null-co: "),
     (["--blockdev", "driver=null-co,node-name=n,frob=1"], "--blockdev driver=null-co,node-name=n,frob=1: frob: unknown"),
     (["--blockdev", "driver=nope,node-name=n"], "driver: 'nope' is not one of"),

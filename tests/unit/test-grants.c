@@ -347,6 +347,11 @@ static void strange_names(void *arg)
     must_say(err, "refers to 'x?y??[31m'");
     assert_null(strchr(error_text(err), '\n'));
     error_free(&err);
+    /* An image that lies in no file has no directory. */
+    assert_int_equal(grants_co_check(g, NULL, image, &path, &err), -EACCES);
+    must_say(err, "it lies in no file");
+    assert_null(path);
+    error_free(&err);
     graph_co_free(g);
 }
 
