@@ -88,8 +88,16 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
  */
 uint64_t qcow2_header_autoclear_kept(void);
 
+/* The features that the format's specification names. Ends with an empty name. */
+struct qcow2_feature {
+    enum qcow2_feature_type type;
+    uint8_t bit;
+    char name[QCOW2_FEATURE_NAME_LEN];
+};
+extern const struct qcow2_feature qcow2_features[];
+
 /*
- * The image's own name for a feature, or a name that we know; NULL if there is none. At most QCOW2_FEATURE_NAME_LEN bytes
+ * The image's own name for a feature; NULL if it has none. At most QCOW2_FEATURE_NAME_LEN bytes
  * and a NUL are written to `buf`, which is returned; what is not printable ASCII is replaced.
  */
 const char *qcow2_header_feature_name(const struct qcow2_header *header,
