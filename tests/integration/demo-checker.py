@@ -13,11 +13,11 @@ import zlib
 import pytest
 from nbd_support import Daemon
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../demo"))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../demo"))
 import spoil  # noqa: E402
 
-CHECKER = os.path.join(os.environ["CAIRN_BUILD"], "demo/demo-checker")
-WRITER = os.path.join(os.environ["CAIRN_BUILD"], "demo/demo-writer")
+CHECKER = os.path.join(os.environ["CAIRN_BUILD"], "tests/demo/demo-checker")
+WRITER = os.path.join(os.environ["CAIRN_BUILD"], "tests/demo/demo-writer")
 BLOCK = 4096
 MARK = 2**64 - 1
 BLOCKS = 8

@@ -4,7 +4,7 @@
  *
  *   checker --log LOG --list LIST --window BEGIN END [--rest ORIGINAL] IMAGE
  *
- * The disk was being written by demo/writer.c, whose log is LOG and whose list of places is LIST. The
+ * The disk was being written by tests/demo/writer.c, whose log is LOG and whose list of places is LIST. The
  * window is [time before the backup command was sent, time after its reply was received], as
  * CLOCK_MONOTONIC in nanoseconds.
  *
