@@ -10,6 +10,7 @@
  *      file              file
  */
 #include "base/atomic.h"
+#include "check.h"
 #include "formats/list.h"
 #include "graph-fixture.h"
 #include "jobs/backup-engine.h"
@@ -26,14 +27,6 @@
 #define DISK_SIZE ((uint64_t)1 << 20)
 #define GUESTS    4
 #define WRITES    30
-
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 

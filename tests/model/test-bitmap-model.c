@@ -11,6 +11,7 @@
 #include "base/macros.h"
 #include "base/prng.h"
 #include "bitmaps/bitmap.h"
+#include "check.h"
 #include "loop/scope.h"
 #include "loop/sim/sim.h"
 #include "seeds.h"
@@ -26,15 +27,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Ends the program, from any thread and stack. */
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 /* ---- one after another ---- */
 

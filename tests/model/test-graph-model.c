@@ -17,6 +17,7 @@
  */
 #include "base/atomic.h"
 #include "base/checked.h"
+#include "check.h"
 #include "formats/list.h"
 #include "graph-fixture.h"
 #include "loop/sim/sim.h"
@@ -34,15 +35,6 @@
 #define DEPTH_MAX 3
 #define BACKENDS  3
 #define STRIPES   200
-
-/* Ends the program, from any thread and stack; the seed is printed on the way. */
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 

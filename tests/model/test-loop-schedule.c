@@ -9,6 +9,7 @@
  */
 #include "base/alloc.h"
 #include "base/atomic.h"
+#include "check.h"
 #include "loop/lock.h"
 #include "loop/scope.h"
 #include "loop/sim/sim.h"
@@ -24,15 +25,6 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-/* Ends the program, from any thread and stack. */
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 #define LOOPS  4
 #define ACTORS 12

@@ -8,6 +8,7 @@
 
 #include "base/atomic.h"
 #include "base/macros.h"
+#include "check.h"
 #include "graph/backend.h"
 #include "graph/driver.h"
 #include "loop/scope.h"
@@ -16,15 +17,6 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-/* Ends the program, from any thread and stack. */
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 enum filter_mind {
     FILTER_PASS,

@@ -7,6 +7,7 @@
 #include "base/atomic.h"
 #include "base/prng.h"
 #include "bitmaps/dirty-bitmap.h"
+#include "check.h"
 #include "graph-fixture.h"
 #include "loop/sim/sim.h"
 #include "null-co-options.h"
@@ -19,15 +20,6 @@
 #define DISK_SIZE (MIB)
 #define BLOCK     ((uint64_t)4096)
 #define BLOCKS    64u
-
-/* Ends the program, from any thread and stack. */
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 /* ---- the node ---- */
 

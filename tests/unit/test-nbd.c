@@ -7,6 +7,7 @@
 #include "base/atomic.h"
 #include "base/checked.h"
 #include "base/endian.h"
+#include "check.h"
 #include "exports/export.h"
 #include "exports/nbd/nbd-wire.h"
 #include "exports/nbd/nbd.h"
@@ -30,15 +31,6 @@
 #define OPS       80
 #define LEN_MAX   ((uint64_t)12 << 10)
 #define SOCKET    "/nbd"
-
-/* Ends the program, from any thread and stack; the seed is printed on the way. */
-#define check(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 
