@@ -132,6 +132,43 @@ static struct graph *new_graph(void)
     return graph_new(no_drivers);
 }
 
+/* ---- links ---- */
+
+static void links(void *arg)
+{
+    struct graph *g = new_graph();
+
+    (void)arg;
+    must_grant(g, "@/pool/a");
+    must_follow(g, "@/img/top", "in", "@/img/base");
+    must_follow(g, "@/img/top", "granted", "@/pool/a/base");
+    must_stop(g, "@/img/top", "out", EACCES, "'@/secret' lies outside");
+    must_stop(g, "@/img/top", "@/pool/a/up/secret", EACCES, "'@/secret' lies outside");
+    must_stop(g, "@/img/top", "round", ELOOP, "cannot find file '@/img/round'");
+    must_stop(g, "@/img/top", "dangling", ENOENT, "cannot find file '@/img/dangling'");
+    /* The image's own name may be a link: references begin where it lies, its directory is where it leads. */
+    must_follow(g, "@/link-to-top", "img/base", "@/img/base");
+    must_stop(g, "@/link-to-top", "secret", EACCES, "'@/secret' lies outside");
+    /* The same of a grant. */
+    must_grant(g, "@/link-to-pool");
+    must_follow(g, "@/img/top", "../pool/ab/base", "@/pool/ab/base");
+    graph_co_free(g);
+}
+
+static void test_grants__links_are_followed_before_they_are_judged(void **state)
+{
+    (void)state;
+    make_link("@/img/in", "base");
+    make_link("@/img/granted", "../pool/a/base");
+    make_link("@/img/out", "../secret");
+    make_link("@/img/round", "round");
+    make_link("@/img/dangling", "nothing");
+    make_link("@/pool/a/up", "@");
+    make_link("@/link-to-top", "img/top");
+    make_link("@/link-to-pool", "pool");
+    on_both(links, NULL);
+}
+
 /* ---- without a grant ---- */
 
 static void own_directory(void *arg)
@@ -214,43 +251,6 @@ static void test_grants__whole_components_below_a_granted_directory(void **state
 {
     (void)state;
     on_both(below_grants, NULL);
-}
-
-/* ---- links ---- */
-
-static void links(void *arg)
-{
-    struct graph *g = new_graph();
-
-    (void)arg;
-    must_grant(g, "@/pool/a");
-    must_follow(g, "@/img/top", "in", "@/img/base");
-    must_follow(g, "@/img/top", "granted", "@/pool/a/base");
-    must_stop(g, "@/img/top", "out", EACCES, "'@/secret' lies outside");
-    must_stop(g, "@/img/top", "@/pool/a/up/secret", EACCES, "'@/secret' lies outside");
-    must_stop(g, "@/img/top", "round", ELOOP, "cannot find file '@/img/round'");
-    must_stop(g, "@/img/top", "dangling", ENOENT, "cannot find file '@/img/dangling'");
-    /* The image's own name may be a link: references begin where it lies, its directory is where it leads. */
-    must_follow(g, "@/link-to-top", "img/base", "@/img/base");
-    must_stop(g, "@/link-to-top", "secret", EACCES, "'@/secret' lies outside");
-    /* The same of a grant. */
-    must_grant(g, "@/link-to-pool");
-    must_follow(g, "@/img/top", "../pool/ab/base", "@/pool/ab/base");
-    graph_co_free(g);
-}
-
-static void test_grants__links_are_followed_before_they_are_judged(void **state)
-{
-    (void)state;
-    make_link("@/img/in", "base");
-    make_link("@/img/granted", "../pool/a/base");
-    make_link("@/img/out", "../secret");
-    make_link("@/img/round", "round");
-    make_link("@/img/dangling", "nothing");
-    make_link("@/pool/a/up", "@");
-    make_link("@/link-to-top", "img/top");
-    make_link("@/link-to-pool", "pool");
-    on_both(links, NULL);
 }
 
 /* ---- hostile names ---- */
