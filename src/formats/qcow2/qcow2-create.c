@@ -442,7 +442,9 @@ int co_fn qcow2_co_create(const char *path, const struct qcow2_create_options *o
 
     if (r < 0)
         return error_wrap(err, r, "cannot create '%s'", path);
+    co_shield_begin(); /* an open that its waiter has left may still make the file */
     r = file_co_open(&f, path, FILE_READ | FILE_WRITE | FILE_CREATE | FILE_EXCLUSIVE, 0644, err);
+    co_shield_end();
     if (r < 0)
         return r;
     r = qcow2_co_fill_file(f, &layout);
