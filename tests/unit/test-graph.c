@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The graph: names, nodes with inline children, what they inherit, and reservations. */
+#include "file-options.h"
 #include "formats/list.h"
 #include "graph-fixture.h"
 #include "graph/change.h"
@@ -225,6 +226,107 @@ static void test_graph__lack_of_memory_leaves_nothing_behind(void **state)
 {
     (void)state;
     on_both(no_memory, NULL);
+}
+
+/* ---- children that may be declined ---- */
+
+/* Goes under the name of `file`; where that has its path, it has a child that may be declined. */
+static int lidded_co_open(struct node *node, const void *options, struct error **err)
+{
+    (void)options;
+    (void)err;
+    node_set_size(node, 4096);
+    return 0;
+}
+
+static void lidded_co_close(struct node *node)
+{
+    (void)node;
+}
+
+static const struct schema_member lidded_members[] = {
+    {
+        .name = "lower",
+        .type = &node_ref_or_null_type,
+        .offset = offsetof(struct file_options, filename),
+        .flag_offset = SCHEMA_NO_FLAG,
+        .presence = SCHEMA_OPTIONAL,
+        .indirect = true,
+    },
+};
+
+static const struct schema_type lidded_type = {
+    .name = "lidded",
+    .kind = SCHEMA_STRUCT,
+    .size = sizeof(struct file_options),
+    .count = 1,
+    .members = lidded_members,
+};
+
+static const struct driver lidded_driver = {
+    .name = "file",
+    .kind = DRIVER_FORMAT,
+    .state_size = 1,
+    .options = &lidded_type,
+    .co_open = lidded_co_open,
+    .co_close = lidded_co_close,
+};
+
+static void count_child(const struct node *parent, const struct edge *edge, struct access access,
+                        void *arg)
+{
+    unsigned *count = arg;
+
+    (void)parent;
+    (void)edge;
+    (void)access;
+    ++*count;
+}
+
+/* How many children a node with this word on its child gets. */
+static unsigned children_with(struct graph *g, struct node_ref_or_null *lower)
+{
+    struct node_options o = {.driver = NODE_DRIVER_FILE, .node_name = (char[]){"lid"}};
+    struct error *err = NULL;
+    unsigned count = 0;
+
+    memcpy(&o.u.file.filename, &lower, sizeof(lower));
+    if (graph_co_add(g, &o, &err) < 0)
+        fail_msg("%s", error_text(err));
+    node_for_each_child(graph_find(g, "lid"), count_child, &count);
+    must_del(g, "lid");
+    return count;
+}
+
+static void decline_children(void *arg)
+{
+    static const struct driver *const lidded[] = {&lidded_driver, NULL};
+    static const struct driver *const *const both[] = {lidded, protocol_drivers, NULL};
+    struct graph *g = graph_new(both);
+    struct node_options inline_child = {.driver = NODE_DRIVER_NULL_CO, .u.null_co.size = 512};
+    struct node_ref_or_null null = {.kind = NODE_REF_OR_NULL_NULL};
+    struct node_ref_or_null empty = {.kind = NODE_REF_OR_NULL_NAME, .name = (char[]){""}};
+    struct node_ref_or_null name = {.kind = NODE_REF_OR_NULL_NAME, .name = (char[]){"n"}};
+    struct node_ref_or_null definition = {
+        .kind = NODE_REF_OR_NULL_DEFINITION,
+        .definition = &inline_child,
+    };
+
+    (void)arg;
+    must_add(g, "{'driver':'null-co','node-name':'n'}");
+    assert_int_equal(children_with(g, NULL), 0);
+    assert_int_equal(children_with(g, &null), 0);
+    assert_int_equal(children_with(g, &empty), 0);
+    assert_int_equal(children_with(g, &name), 1);
+    assert_int_equal(children_with(g, &definition), 1);
+    must_have(g, " n");
+    graph_co_free(g);
+}
+
+static void test_graph__child_is_made_unless_it_is_declined(void **state)
+{
+    (void)state;
+    on_both(decline_children, NULL);
 }
 
 /* ---- reservations (G5) ---- */
