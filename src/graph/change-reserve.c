@@ -152,5 +152,6 @@ void change_end(struct change *c)
         if (other->wait && !other->wait->ended)
             co_wait_end(other->wait, 0);
     }
+    free(c->roots);
     free(c->what);
 }

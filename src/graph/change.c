@@ -10,6 +10,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <stdarg.h>
+#include <stdlib.h>
 
 void change_init(struct change *c, struct graph *graph, const char *fmt, ...)
 {
@@ -24,10 +25,26 @@ void change_init(struct change *c, struct graph *graph, const char *fmt, ...)
     list_init(&c->link);
 }
 
+static bool more_roots(struct change *c)
+{
+    unsigned max = MAX(2 * c->root_max, 4u);
+    const char **roots = try_new_n(const char *, max);
+
+    if (!roots)
+        return false;
+    for (unsigned i = 0; i < c->root_count; i++)
+        roots[i] = c->roots[i];
+    free(c->roots);
+    c->roots = roots;
+    c->root_max = max;
+    return true;
+}
+
 int change_add_root(struct change *c, const char *node_name, struct error **err)
 {
-    if (c->root_count == CHANGE_ROOTS)
-        return error_set(err, E2BIG, "%s names more than %d nodes", c->what, CHANGE_ROOTS);
+    if (c->root_count == c->root_max && !more_roots(c))
+        return error_set(err, ENOMEM, "%s: no memory for the names of %u nodes", c->what,
+                         c->root_count + 1);
     c->roots[c->root_count++] = node_name;
     return 0;
 }

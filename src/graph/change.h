@@ -25,9 +25,6 @@
 /* How long a change may wait for another one, and then take until its gates open again. */
 #define CHANGE_DEADLINE_DEFAULT_NS (10 * NS_PER_S)
 
-/* How many nodes a change may start from. */
-#define CHANGE_ROOTS 8
-
 struct backend;
 struct change;
 struct change_action;
@@ -69,8 +66,9 @@ typedef int change_insider_fn(struct change *c, void *arg, struct error **err);
 struct change {
     struct graph *graph;
     char *what; /* as messages name it: "blockdev-add 'disk0'" */
-    const char *roots[CHANGE_ROOTS];
+    const char **roots;
     unsigned root_count;
+    unsigned root_max;
     const struct edge *root_edge; /* or NULL: the node below it is a root, whichever that will be */
     const struct change
         *within;  /* what this one has reserved is free for us: we are a part of it */
@@ -89,7 +87,7 @@ struct change {
 };
 
 void change_init(struct change *c, struct graph *graph, const char *fmt, ...) PRINTF_LIKE(3, 4);
-/* Names a node to reserve, with all below it. The name must stay until change_end(). -E2BIG. */
+/* Names a node to reserve, with all below it. The name must stay until change_end(). -ENOMEM. */
 int change_add_root(struct change *c, const char *node_name, struct error **err);
 void change_add_action(struct change *c, struct change_action *a,
                        const struct change_action_ops *ops);

@@ -151,14 +151,18 @@ static int change_with_header(struct world *w, bool replace, bool *ret_committed
     int r;
 
     change_init(&c, w->graph, "two at once");
-    check(change_add_root(&c, "meta", err) == 0);
-    check(change_add_root(&c, "disk", err) == 0);
-    check(change_add_root(&c, "top", err) == 0);
-    h.action.node = graph_find(w->graph, "meta");
-    change_add_action(&c, &h.action, &header_ops);
-    if (replace)
-        replace_action_add(&c, &rp, graph_find(w->graph, "disk"), graph_find(w->graph, "top"));
-    r = change_co_run(&c, err);
+    r = change_add_root(&c, "meta", err);
+    if (r == 0)
+        r = change_add_root(&c, "disk", err);
+    if (r == 0)
+        r = change_add_root(&c, "top", err);
+    if (r == 0) {
+        h.action.node = graph_find(w->graph, "meta");
+        change_add_action(&c, &h.action, &header_ops);
+        if (replace)
+            replace_action_add(&c, &rp, graph_find(w->graph, "disk"), graph_find(w->graph, "top"));
+        r = change_co_run(&c, err);
+    }
     change_end(&c);
     *ret_committed = h.committed;
     check(h.committed == (r == 0));
