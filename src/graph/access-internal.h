@@ -6,28 +6,35 @@
 #include "graph/access.h"
 #include "graph/node-internal.h"
 
-#define ACCESS_WALK_MAX 256
-
 /* What one change of access touches, in the order in which it was reached. All zero is empty. */
 struct access_walk {
-    struct edge *edges[ACCESS_WALK_MAX];
-    struct node *nodes[ACCESS_WALK_MAX];
+    uint64_t number; /* marks the nodes that are in it */
+    struct edge **edges;
+    struct node **nodes;
     unsigned edge_count;
+    unsigned edge_max;
     unsigned node_count;
+    unsigned node_max;
     unsigned told; /* nodes whose drivers know, the failing one included */
 };
 
-/* Sets what is pending on an edge and all below it that follows from it, and checks. Then prepare or abort. */
+/*
+ * Sets what is pending on an edge and all below it that follows from it. Then prepare or abort. -ENOMEM. Goes no further than
+ * the consequences do: where a node asks for what it has, nothing below it is looked at.
+ */
 int access_walk_edge(struct access_walk *walk, struct edge *edge, struct access access,
                      struct error **err);
 /* The same for a node whose users change. */
 int access_walk_node(struct access_walk *walk, struct node *node, struct error **err);
 
-/* Tells the drivers that guard their access what they will need beside what they hold. Then commit or abort. */
+/*
+ * Checks what is pending, all of it together, and tells the drivers that guard their access what they will need beside what
+ * they hold. Then commit or abort.
+ */
 int co_fn control_fn access_co_prepare(struct access_walk *walk, struct error **err);
 /* Memory only. */
 void access_commit(struct access_walk *walk);
-/* Tells the drivers what they need no more. */
+/* Tells the drivers what they need no more. This and abort are the last, and release what the walk holds. */
 void co_fn control_fn access_co_finish(struct access_walk *walk);
 void co_fn control_fn access_co_abort(struct access_walk *walk);
 

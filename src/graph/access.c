@@ -4,6 +4,7 @@
  * will be: with what is pending on edges, and with edges at the nodes that they are about to move to.
  */
 #include "graph/access.h"
+#include "base/alloc.h"
 #include "base/macros.h"
 #include "graph/access-internal.h"
 #include "graph/change.h"
@@ -11,6 +12,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* How often it is looked whether the host has ended what was left to it. */
@@ -147,47 +149,102 @@ static int check_node(const struct node *node, struct error **err)
     return 0;
 }
 
-static int walk_node(struct access_walk *walk, struct node *node, struct error **err)
+/* Room for one more pointer. False: no memory, and the array is as it was. */
+static bool make_room(void *array, unsigned count, unsigned *max)
+{
+    unsigned wanted = MAX(2 * *max, 8u);
+    void **old;
+    void **larger;
+
+    if (count < *max)
+        return true;
+    larger = try_new_n(void *, wanted);
+    if (!larger)
+        return false;
+    memcpy(&old, array, sizeof(old));
+    if (count)
+        memcpy(larger, old, count * sizeof(*larger));
+    memcpy(array, &larger, sizeof(larger));
+    free(old);
+    *max = wanted;
+    return true;
+}
+
+/* Its children are to be looked at. */
+static int reach_node(struct access_walk *walk, struct node_queue *queue, struct node *node)
+{
+    if (!walk->number)
+        walk->number = graph_walk_begin(node->graph);
+    if (node->access_walk != walk->number) {
+        if (!make_room(&walk->nodes, walk->node_count, &walk->node_max))
+            return -ENOMEM;
+        walk->nodes[walk->node_count++] = node;
+        node->access_walk = walk->number;
+    }
+    node_queue_add(queue, node);
+    return 0;
+}
+
+static int reach_edge(struct access_walk *walk, struct node_queue *queue, struct edge *edge,
+                      struct access access)
+{
+    if (!edge->is_pending) {
+        if (!make_room(&walk->edges, walk->edge_count, &walk->edge_max))
+            return -ENOMEM;
+        walk->edges[walk->edge_count++] = edge;
+    }
+    edge->is_pending = true;
+    edge->pending = access;
+    return reach_node(walk, queue, edge->moving_to ? edge->moving_to : edge->node);
+}
+
+static int reach_children(struct access_walk *walk, struct node_queue *queue, struct node *node)
 {
     struct edge *child;
-    int r = check_node(node, err);
 
-    if (r < 0)
-        return r;
-    if (walk->node_count == ACCESS_WALK_MAX)
-        return error_set(err, E2BIG, "more than %d nodes below node '%s'", ACCESS_WALK_MAX,
-                         node->name);
-    walk->nodes[walk->node_count++] = node;
     list_for_each (&node->children, child, parent_link) {
         struct access below = access_below(child);
+        int r;
 
         if (below.wants == edge_access(child).wants &&
             below.tolerates == edge_access(child).tolerates)
             continue;
-        r = access_walk_edge(walk, child, below, err);
+        r = reach_edge(walk, queue, child, below);
         if (r < 0)
             return r;
     }
     return 0;
 }
 
+/* What follows, until nothing more does. `r`: how reaching the first one went. */
+static int reach_all(struct access_walk *walk, struct node_queue *queue, int r, struct error **err)
+{
+    struct node *node;
+
+    while ((node = node_queue_take(queue))) {
+        if (r == 0)
+            r = reach_children(walk, queue, node);
+    }
+    return r < 0 ? error_set(err, -r, "no memory to change the access of %u nodes",
+                             walk->node_count + 1)
+                 : 0;
+}
+
 int access_walk_edge(struct access_walk *walk, struct edge *edge, struct access access,
                      struct error **err)
 {
-    if (!edge->is_pending) {
-        if (walk->edge_count == ACCESS_WALK_MAX)
-            return error_set(err, E2BIG, "more than %d edges below node '%s'", ACCESS_WALK_MAX,
-                             edge->node->name);
-        walk->edges[walk->edge_count++] = edge;
-    }
-    edge->is_pending = true;
-    edge->pending = access;
-    return walk_node(walk, edge->moving_to ? edge->moving_to : edge->node, err);
+    struct node_queue queue = {NULL, NULL};
+    int r = reach_edge(walk, &queue, edge, access);
+
+    return reach_all(walk, &queue, r, err);
 }
 
 int access_walk_node(struct access_walk *walk, struct node *node, struct error **err)
 {
-    return walk_node(walk, node, err);
+    struct node_queue queue = {NULL, NULL};
+    int r = reach_node(walk, &queue, node);
+
+    return reach_all(walk, &queue, r, err);
 }
 
 static int co_fn control_fn tell(struct node *node, struct access access, struct error **err)
@@ -203,9 +260,24 @@ static int co_fn control_fn tell(struct node *node, struct access access, struct
     return r;
 }
 
+static int check_all(const struct access_walk *walk, struct error **err)
+{
+    for (unsigned i = 0; i < walk->node_count; i++) {
+        int r = check_node(walk->nodes[i], err);
+
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
 /* What was held stays held beside what will be: until the commit the old users write, and there may be a way back. */
 int access_co_prepare(struct access_walk *walk, struct error **err)
 {
+    int checked = check_all(walk, err);
+
+    if (checked < 0)
+        return checked;
     for (; walk->told < walk->node_count; walk->told++) {
         struct node *node = walk->nodes[walk->told];
         struct access both = node_access_sum(node);
@@ -231,13 +303,13 @@ static void co_fn control_fn tell_current_main(void *arg)
 }
 
 /* Whoever cancels it; but a host that hangs holds up nobody for long. */
-static void co_fn control_fn tell_current(struct node *node)
+static void co_fn control_fn tell_current(struct node *node, uint64_t deadline_ns)
 {
     struct co_scope scope;
 
     co_shield_begin();
     co_scope_init(&scope);
-    co_scope_set_deadline(&scope, loop_clock() + node->graph->change_deadline_ns / 4);
+    co_scope_set_deadline(&scope, deadline_ns);
     (void)co_scope_start(&scope, tell_current_main, node); /* if there is no memory: late */
     co_scope_join(&scope);
     co_shield_end();
@@ -249,24 +321,44 @@ static bool is_told(const struct node *node)
                                             node->told.tolerates == node->access.tolerates);
 }
 
-/*
- * Tells a driver what its users hold now, which is no more than it has been told. While writes of its node have not ended it
- * keeps what it holds: nobody else may come near what they will still change (G9).
- */
-static void co_fn control_fn settle(struct node *node)
+static void control_fn leave_for_later(struct node *node)
 {
     struct graph *g = node->graph;
 
-    if (!node_unresolved(node))
-        tell_current(node);
-    if (is_told(node))
-        return;
     node->told_late = true;
     if (g->telling_late)
         return;
     g->telling_late = true;
     if (co_scope_start(&g->closers, tell_late_main, g) < 0)
         g->telling_late = false; /* the next change of its access does it */
+}
+
+/*
+ * Tells a driver what its users hold now, which is no more than it has been told. While writes of its node have not ended it
+ * keeps what it holds: nobody else may come near what they will still change (G9).
+ */
+static void co_fn control_fn settle(struct node *node, uint64_t deadline_ns)
+{
+    if (is_told(node))
+        return;
+    if (!node_unresolved(node))
+        tell_current(node, deadline_ns);
+    if (!is_told(node))
+        leave_for_later(node);
+}
+
+static uint64_t settle_deadline(const struct graph *g)
+{
+    return loop_clock() + g->change_deadline_ns / 4;
+}
+
+/* The first `count` nodes of a walk, the last one first. One host may be behind many of them: one deadline for all. */
+static void co_fn control_fn settle_all(const struct access_walk *walk, unsigned count)
+{
+    uint64_t deadline_ns = count ? settle_deadline(walk->nodes[0]->graph) : 0;
+
+    while (count)
+        settle(walk->nodes[--count], deadline_ns);
 }
 
 /* A node whose writes have ended at last, and that no change is busy with; `ret_more`: there are others to come. */
@@ -288,11 +380,14 @@ static void co_fn control_fn tell_late(struct graph *g, const char *node_name)
     AUTO(error_free) struct error *ignored = NULL;
     char name[NODE_NAME_MAX + 1]; /* the node may go while the change waits for it */
     struct change change;
+    struct node *node;
 
     (void)snprintf(name, sizeof(name), "%s", node_name);
     change_init(&change, g, "unlocking of node '%s'", name);
     if (change_add_root(&change, name, &ignored) == 0 && change_co_reserve(&change, &ignored) == 0)
-        settle(graph_find(g, name));
+        settle(graph_find(g, name), settle_deadline(g));
+    else if ((node = graph_find(g, name)))
+        node->told_late = true; /* once more */
     change_end(&change);
 }
 
@@ -323,10 +418,17 @@ void access_commit(struct access_walk *walk)
         walk->nodes[i]->access = node_access_sum(walk->nodes[i]);
 }
 
+static void walk_release(struct access_walk *walk)
+{
+    free(walk->edges);
+    free(walk->nodes);
+    *walk = (struct access_walk){.number = 0};
+}
+
 void access_co_finish(struct access_walk *walk)
 {
-    for (unsigned i = 0; i < walk->node_count; i++)
-        settle(walk->nodes[i]);
+    settle_all(walk, walk->node_count);
+    walk_release(walk);
 }
 
 /* Those that were told get their old access back, which they hold still. */
@@ -334,13 +436,51 @@ void access_co_abort(struct access_walk *walk)
 {
     for (unsigned i = 0; i < walk->edge_count; i++)
         walk->edges[i]->is_pending = false;
-    while (walk->told)
-        settle(walk->nodes[--walk->told]);
+    settle_all(walk, walk->told);
+    walk_release(walk);
+}
+
+/* Memory only; which drivers are to be told, in `walk`, or left for later if it has no room. */
+static void control_fn drop_below(struct access_walk *walk, struct node *from)
+{
+    struct node_queue queue = {NULL, NULL};
+    struct node *node = from;
+
+    walk->number = graph_walk_begin(from->graph);
+    for (; node; node = node_queue_take(&queue)) {
+        struct edge *child;
+
+        node->access = node_access_sum(node);
+        list_for_each (&node->children, child, parent_link) {
+            struct access below = access_below(child);
+
+            if (below.wants == child->access.wants && below.tolerates == child->access.tolerates)
+                continue;
+            child->access = below;
+            node_queue_add(&queue, child->node);
+        }
+        if (is_told(node) || node->access_walk == walk->number)
+            continue;
+        node->access_walk = walk->number;
+        if (make_room(&walk->nodes, walk->node_count, &walk->node_max))
+            walk->nodes[walk->node_count++] = node;
+        else
+            leave_for_later(node);
+    }
+}
+
+void access_drop(struct edge *edge)
+{
+    struct access_walk walk = {.number = 0};
+
+    edge->access = ACCESS_NONE;
+    drop_below(&walk, edge->node);
+    access_co_finish(&walk);
 }
 
 int access_change(struct edge *edge, struct access access, struct error **err)
 {
-    struct access_walk walk = {.edge_count = 0};
+    struct access_walk walk = {.number = 0};
     int r = access_walk_edge(&walk, edge, access, err);
 
     if (r == 0)

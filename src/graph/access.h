@@ -36,8 +36,10 @@ struct node;
  * Gives one edge a new access and carries the consequences down: what each node below must ask of its children follows from
  * all of its parents. Checks every node that is touched against its read-only state and all its users; drivers that
  * guard their access against other programs do so here. All or nothing. The nodes below are reserved by the caller.
- * -EPERM on a conflict between users; -EACCES, -EAGAIN and the like from drivers.
+ * -EPERM on a conflict between users; -ENOMEM; -EACCES, -EAGAIN and the like from drivers.
  */
 int co_fn control_fn access_change(struct edge *edge, struct access access, struct error **err);
+/* The same for an edge that goes: it wants nothing any more, and nobody can be against that. Needs no memory. */
+void co_fn control_fn access_drop(struct edge *edge);
 
 #endif

@@ -86,7 +86,6 @@ static void co_fn control_fn drain_or_cut(struct backend *b)
 
 struct backend *backend_co_free(struct backend *b)
 {
-    AUTO(error_free) struct error *ignored = NULL;
     struct change change;
 
     if (!b)
@@ -101,7 +100,7 @@ struct backend *backend_co_free(struct backend *b)
     list_remove(
         &b->link); /* queries come while we wait: they would ask the gate, and its root goes, too */
     gate_co_release(&b->gate);
-    (void)access_change(b->root, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
+    access_drop(b->root);
     list_remove(&b->owned_link);
     node_co_unref(edge_free(b->root));
     co_shield_end();
@@ -251,7 +250,7 @@ static bool zeroes_fast(const struct node *node)
     if (!node->driver->zeroes_fast)
         return false;
     list_for_each (&node->children, e, parent_link) {
-        if (!zeroes_fast(e->node))
+        if (!e->backing && !zeroes_fast(e->node))
             return false;
     }
     return true;

@@ -17,24 +17,6 @@
 /* How often a closer looks whether the host has let go. */
 #define LOOK_NS (20 * NS_PER_MS)
 
-/* Lets go of the children; those of an orphan may be in a change's hands meanwhile. */
-static void co_fn control_fn drop_children(struct node *node)
-{
-    struct edge *e;
-
-    while ((e = list_first(&node->children, struct edge, parent_link))) {
-        AUTO(error_free) struct error *ignored = NULL;
-        struct change change;
-
-        change_init(&change, node->graph, "close of '%s'", node->name);
-        if (node->orphan_ns)
-            change_co_hold(&change, e);
-        (void)access_change(e, ACCESS_NONE, &ignored); /* asking for less cannot conflict */
-        node_co_unref(edge_free(e));
-        change_end(&change);
-    }
-}
-
 static void close_trackers(struct node *node)
 {
     struct tracker *t;
@@ -53,7 +35,60 @@ static void forget(struct node *node)
     list_remove(&node->link);
 }
 
-/* The way to the end of a node, in a coroutine of its own, since it may take as long as the host likes. */
+static void node_free(struct node *node)
+{
+    assert(list_empty(&node->parents) && list_empty(&node->owned));
+    forget(node);
+    free(node->wanted_file);
+    free(node->wanted_format);
+    free(node->state);
+    free(node);
+}
+
+/* A child that nobody else uses goes as it is; what it holds goes with it. True if that is so. */
+static bool co_fn control_fn drop_child(struct edge *e)
+{
+    if (e->node->refs > 1)
+        access_drop(e);
+    return --edge_free(e)->refs == 0;
+}
+
+/* Those that nobody uses any more come into `unused`. */
+static void co_fn control_fn drop_children(struct node *node, struct node **unused)
+{
+    struct edge *e;
+
+    while ((e = list_first(&node->children, struct edge, parent_link))) {
+        struct node *child = e->node;
+
+        if (drop_child(e)) {
+            child->unused_next = *unused;
+            *unused = child;
+        }
+    }
+}
+
+/* The children of an orphan may be in a change's hands. */
+static void co_fn control_fn drop_orphan(struct node *node)
+{
+    struct edge *e;
+
+    while ((e = list_first(&node->children, struct edge, parent_link))) {
+        struct change change;
+
+        change_init(&change, node->graph, "close of '%s'", node->name);
+        change_co_hold(&change, e);
+        access_drop(e);
+        node_co_unref(edge_free(e));
+        change_end(&change);
+    }
+    node_free(node);
+}
+
+/*
+ * The driver's part, in a coroutine of its own, since it may take as long as the host likes. What is left to do is done by the one
+ * who waits for it, or here if nobody does.
+ */
 static void co_fn control_fn close_main(void *arg)
 {
     struct node *node = arg;
@@ -67,14 +102,13 @@ static void co_fn control_fn close_main(void *arg)
     close_trackers(node);
     if (node->opened)
         node->driver->co_close(node);
+    epoch_co_release(&node->epoch);
     node->opened = false; /* queries come while the children close */
-    drop_children(node);
-    assert(list_empty(&node->parents) && list_empty(&node->owned));
-    forget(node);
-    if (node->close_wait && !node->close_wait->ended)
+    node->closed = true;
+    if (!node->close_wait)
+        drop_orphan(node);
+    else if (!node->close_wait->ended)
         co_wait_end(node->close_wait, 0);
-    free(node->state);
-    free(node);
 }
 
 static void make_orphan(struct node *node)
@@ -89,35 +123,49 @@ static void make_orphan(struct node *node)
     node->reserved_by = NULL;
 }
 
-void node_co_unref(struct node *node)
+/* True: it is closed, but for its children. False: it is an orphan, and will see to itself. */
+static bool co_fn control_fn close_by(struct node *node, uint64_t deadline_ns)
 {
     struct graph *g = node->graph;
     struct co_wait w;
 
-    if (--node->refs)
-        return;
-    if (node_unresolved(node))
+    if (node_unresolved(node)) {
         make_orphan(node);
+        (void)co_scope_start(&g->closers, close_main, node); /* no memory: it stays, visibly */
+        return false;
+    }
     co_wait_init(&w, co_wait_leave);
     node->close_wait = &w;
-    if (co_scope_start(&g->closers, close_main, node) < 0) {
-        if (!node->orphan_ns)
-            make_orphan(node); /* no memory for a coroutine: it stays, visibly */
-        node->close_wait = NULL;
-        return;
+    if (co_scope_start(&g->closers, close_main, node) == 0) {
+        co_shield_begin();
+        (void)co_wait(&w, deadline_ns); /* it may have ended just when the deadline did */
+        co_shield_end();
     }
-    if (w.ended)
-        return;
-    if (node->orphan_ns) {
-        node->close_wait = NULL;
-        return;
-    }
-    co_shield_begin();
-    if (co_wait(&w, loop_clock() + g->change_deadline_ns) < 0) {
-        node->close_wait = NULL;
+    node->close_wait = NULL;
+    if (!node->closed)
         make_orphan(node);
+    return node->closed;
+}
+
+/*
+ * Chains are long: what nobody uses any more is closed one after the other, parents first, not each from within the other. One
+ * deadline for all, since one host may be behind many of them.
+ */
+void node_co_unref(struct node *node)
+{
+    struct node *unused = NULL;
+    uint64_t deadline_ns = loop_clock() + node->graph->change_deadline_ns;
+
+    if (--node->refs)
+        return;
+    node->unused_next = NULL;
+    for (unused = node; (node = unused);) {
+        unused = node->unused_next;
+        if (close_by(node, deadline_ns)) {
+            drop_children(node, &unused);
+            node_free(node);
+        }
     }
-    co_shield_end();
 }
 
 bool graph_abandon_orphans(struct graph *g)

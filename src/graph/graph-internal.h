@@ -35,6 +35,19 @@ enum walk_direction { WALK_DOWN, WALK_UP };
 uint64_t graph_walk_begin(struct graph *g);
 void graph_walk(struct node *from, enum walk_direction direction, uint64_t walk);
 
+/*
+ * Nodes that a walk has yet to go on from, first in, first out, each in it once at most. All zero is empty. One at a time, and
+ * none while graph_walk() runs: the links are in the nodes.
+ */
+struct node_queue {
+    struct node *first;
+    struct node *last;
+};
+
+void node_queue_add(struct node_queue *q, struct node *node);
+/* NULL: it is empty. */
+struct node *node_queue_take(struct node_queue *q);
+
 /* Drops a reference; the last one closes the node and lets go of its children. The node is reserved. */
 void co_fn control_fn node_co_unref(struct node *node);
 
@@ -44,9 +57,12 @@ bool co_fn control_fn graph_abandon_orphans(struct graph *g);
 /* Requests go down by calls: how many nodes may lie on top of each other (Q3). */
 #define GRAPH_DEPTH_MAX 64
 
-/* The most nodes on a path down from this one, or up from it, itself included. */
-unsigned node_depth_below(const struct node *node);
-unsigned node_depth_above(const struct node *node);
+/*
+ * The most nodes on a path down from this one, or up from it, itself included, that call each other; not exact above
+ * GRAPH_DEPTH_MAX. A backing node is not called by the one above it: both count as one.
+ */
+unsigned node_depth_below(struct node *node);
+unsigned node_depth_above(struct node *node);
 
 /* What a node must ask of its child so that its own users, and its own metadata, get what they need. */
 struct access access_below(const struct edge *child);

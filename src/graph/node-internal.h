@@ -61,6 +61,8 @@ struct node {
     struct list arriving; /* struct edge: those that will be parents when the change commits */
     struct co_wait *close_wait;
     bool abandoned;
+    bool closed; /* but for its children */
+    struct node *unused_next;
     uint64_t orphan_ns; /* when it was cut off; 0: it is part of the graph */
     struct list link;   /* in graph->nodes, oldest first */
     struct node *name_next;
@@ -69,7 +71,10 @@ struct node {
     /* Of the last walk over the graph that came here, by direction (walk.c). */
     uint64_t walked[2];
     struct node *walk_next;
-    char *wanted_file; /* a backing file that the image names, and its format; or NULL */
+    bool queued;          /* in a node_queue */
+    unsigned depth;       /* as far as a walk for it has come */
+    uint64_t access_walk; /* the last change of access that came here */
+    char *wanted_file;    /* a backing file that the image names, and its format; or NULL */
     char *wanted_format;
     bool monitor_owned;
     bool opened;
@@ -99,7 +104,7 @@ struct node *edge_free(struct edge *edge);
 
 /* Operations of the node that their requests have left and that have not ended (G7, G9). */
 unsigned node_unresolved(const struct node *node);
-/* The same, all below it included. */
+/* The same, with those of all that it calls: a backing node is another disk. At most GRAPH_DEPTH_MAX calls deep. */
 unsigned node_unresolved_below(const struct node *node);
 
 /* "node 'x'" or the owner of a backend, for messages. */

@@ -208,28 +208,6 @@ struct node *edge_free(struct edge *edge)
     return child;
 }
 
-unsigned node_depth_below(const struct node *node)
-{
-    unsigned deepest = 0;
-    const struct edge *e;
-
-    list_for_each (&node->children, e, parent_link)
-        deepest = MAX(deepest, node_depth_below(e->node));
-    return deepest + 1;
-}
-
-unsigned node_depth_above(const struct node *node)
-{
-    unsigned highest = 0;
-    const struct edge *e;
-
-    list_for_each (&node->parents, e, child_link) {
-        if (e->parent)
-            highest = MAX(highest, node_depth_above(e->parent));
-    }
-    return highest + 1;
-}
-
 unsigned node_unresolved(const struct node *node)
 {
     return node->driver->unresolved && node->opened ? node->driver->unresolved(node) : 0;
@@ -240,8 +218,10 @@ unsigned node_unresolved_below(const struct node *node)
     unsigned n = node_unresolved(node);
     const struct edge *e;
 
-    list_for_each (&node->children, e, parent_link)
-        n += node_unresolved_below(e->node);
+    list_for_each (&node->children, e, parent_link) {
+        if (!e->backing)
+            n += node_unresolved_below(e->node);
+    }
     return n;
 }
 

@@ -262,7 +262,7 @@ static void diamond(void *arg)
     /* One that wants to be the only writer comes twice to the node below: it refuses itself. */
     must_conflict(
         g, "top", (struct access){.wants = ACCESS_WRITE, .tolerates = ACCESS_READ}, "export 'e'",
-        "node 'middle' wants write access to node 'n', which node 'middle' does not tolerate");
+        "node 'top' wants write access to node 'middle', which node 'top' does not tolerate");
     b = must_attach(g, "n", (struct access){.wants = ACCESS_WRITE, .tolerates = ACCESS_READ},
                     "job 'j'");
     backend_co_free(b);
