@@ -5,9 +5,11 @@
 
 #include <stddef.h>
 
+extern const struct driver qcow2_driver;
 extern const struct driver raw_driver;
 
 const struct driver *const format_drivers[] = {
+    &qcow2_driver,
     &raw_driver,
     NULL,
 };

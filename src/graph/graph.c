@@ -8,11 +8,14 @@
  */
 #include "graph/graph.h"
 #include "base/alloc.h"
+#include "base/json-in.h"
 #include "base/macros.h"
 #include "graph/change.h"
+#include "graph/grants.h"
 #include "graph/graph-internal.h"
 #include "graph/node-ref.h"
 #include "graph/reshape.h"
+#include "loop/file.h"
 #include "schema-types.h"
 
 #include <assert.h>
@@ -153,6 +156,7 @@ static int node_new(struct graph *g, const struct driver *driver, const char *na
     node->refs = 1;
     node->reserved_by = change; /* GRAPH-1 */
     overlap_init(&node->overlap);
+    epoch_init(&node->epoch);
     list_init(&node->children);
     list_init(&node->parents);
     list_init(&node->arriving);
@@ -166,6 +170,18 @@ static int node_new(struct graph *g, const struct driver *driver, const char *na
 static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
                                          const struct node_settings *parent, struct change *change,
                                          struct node **ret, struct error **err);
+
+/* A backing node is opened for reading, whatever its user is opened for. */
+static struct node_settings settings_below(const struct node *node, const char *child)
+{
+    struct node_settings s = node->settings;
+
+    if (strcmp(child, "backing") == 0) {
+        s.read_only = true;
+        s.auto_read_only = false;
+    }
+    return s;
+}
 
 /* What a member of a driver's options says of a child: its name or its definition. Both are NULL if there shall be none. */
 struct child_choice {
@@ -199,6 +215,7 @@ static struct child_choice child_choice(const struct schema_member *m, const voi
 static int co_fn control_fn open_child(struct node *node, const struct schema_member *m,
                                        const struct child_choice *choice, struct error **err)
 {
+    const struct node_settings settings = settings_below(node, m->name);
     struct change *change = node->reserved_by;
     struct node *child = NULL;
     int r;
@@ -208,7 +225,7 @@ static int co_fn control_fn open_child(struct node *node, const struct schema_me
         if (child)
             child->refs++;
     } else {
-        r = node_co_open(node->graph, choice->definition, &node->settings, change, &child, err);
+        r = node_co_open(node->graph, choice->definition, &settings, change, &child, err);
     }
     if (!child)
         return error_wrap(err, r, "node '%s': child '%s'", node->name, m->name);
@@ -246,9 +263,29 @@ static int co_fn control_fn settle_access(struct node *node, struct error **err)
     return 0;
 }
 
-static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
-                                         const struct node_settings *parent, struct change *change,
-                                         struct node **ret, struct error **err)
+/* A format with metadata of its own has the file for itself before it looks at it. */
+static int co_fn control_fn open_driver(struct node *node, const void *options, struct error **err)
+{
+    const struct driver *driver = node->driver;
+    int r = 0;
+
+    if (driver->keeps_metadata) {
+        node->settings.read_only |=
+            node->settings.auto_read_only && node->file->node->settings.read_only;
+        r = settle_access(node, err);
+    }
+    if (r == 0) {
+        r = driver->co_open(node, options, err);
+        node->opened = r == 0;
+    }
+    return r < 0 || driver->keeps_metadata ? r : settle_access(node, err);
+}
+
+/* Without what a reference in its image opens. */
+static int co_fn control_fn node_co_open_one(struct graph *g, const struct node_options *o,
+                                             const struct node_settings *parent,
+                                             struct change *change, struct node **ret,
+                                             struct error **err)
 {
     const struct schema_variant *variant = &node_options_type.variants[o->driver];
     const void *options = (const char *)o + variant->offset;
@@ -269,12 +306,109 @@ static int co_fn control_fn node_co_open(struct graph *g, const struct node_opti
     if (r == 0 && node_depth_below(node) > GRAPH_DEPTH_MAX)
         r = error_set(err, EINVAL, "node '%s' would be on top of more than %d others", node->name,
                       GRAPH_DEPTH_MAX - 1);
-    if (r == 0) {
-        r = node->driver->co_open(node, options, err);
-        node->opened = r == 0;
-    }
     if (r == 0)
-        r = settle_access(node, err);
+        r = open_driver(node, options, err);
+    if (r < 0) {
+        node_co_unref(node);
+        return r;
+    }
+    *ret = node;
+    return 0;
+}
+
+void node_want_backing(struct node *node, const char *file, const char *format)
+{
+    node->wanted_file = xstrdup(file);
+    node->wanted_format = xstrdup(format);
+}
+
+/* The file that an image names, opened as a format that it names too. */
+static int co_fn control_fn open_reference(struct node *node, const char *path, struct node **ret,
+                                           struct error **err)
+{
+    const struct node_settings settings = settings_below(node, "backing");
+    struct node_options options = {.node_name = NULL};
+    json_t *tree = json_pack("{s:s, s:{s:s, s:s}}", "driver", node->wanted_format, "file", "driver",
+                             "file", "filename", path);
+    int r;
+
+    if (!tree) /* a path that is no UTF-8 */
+        return error_set(err, EINVAL, "node '%s': backing file '%s': no name for a file",
+                         node->name, node->wanted_file);
+    r = json_in(&node_options_type, tree, JSON_IN_STRICT, "", &options, err);
+    if (r == 0)
+        r = node_co_open_one(node->graph, &options, &settings, node->reserved_by, ret, err);
+    schema_free(&node_options_type, &options);
+    json_decref(tree);
+    return r < 0 ? error_wrap(err, r, "node '%s': backing file '%s'", node->name,
+                              node->wanted_file)
+                 : 0;
+}
+
+/* Refuses a file that is a layer of the chain already. Those below the top were opened by their canonical names. */
+static int check_no_loop(const struct node *top, const char *top_path, const struct node *end,
+                         const char *path, struct error **err)
+{
+    bool same = strcmp(top_path, path) == 0;
+
+    for (const struct node *n = top; n != end && !same; n = n->backing->node)
+        same = strcmp(node_filename(n->backing->node->file->node), path) == 0;
+    if (same)
+        return error_set(err, ELOOP, "node '%s': backing file '%s' is a layer above it already",
+                         end->name, path);
+    return 0;
+}
+
+static int co_fn control_fn open_wanted(struct node *top, const char *top_path, struct node *node,
+                                        struct error **err)
+{
+    const char *image = node == top ? top_path : node_filename(node->file->node);
+    struct node *child = NULL;
+    char *path = NULL;
+    int r = grants_co_check(node->graph, image, node->wanted_file, &path, err);
+
+    if (r == 0)
+        r = check_no_loop(top, top_path, node, path, err);
+    if (r == 0)
+        r = open_reference(node, path, &child, err);
+    free(path);
+    if (!child)
+        return r;
+    (void)edge_new(node, NULL, child, "backing");
+    return access_change(node->backing, access_below(node->backing), err);
+}
+
+/* Follows the references in images, layer by layer: chains may be long (Q3). */
+static int co_fn control_fn open_wanted_chain(struct node *top, struct error **err)
+{
+    const char *name = node_filename(top->file->node);
+    char *top_path = NULL;
+    int r = name ? file_co_resolve(name, &top_path) : -EINVAL;
+
+    if (r < 0)
+        return error_set(err, -r,
+                         "node '%s': its image names backing file '%s', but has no file name "
+                         "itself that this could be relative to: give `backing`",
+                         top->name, top->wanted_file);
+    for (struct node *node = top; r == 0 && node->wanted_file; node = node->backing->node) {
+        r = open_wanted(top, top_path, node, err);
+        if (r < 0)
+            break;
+    }
+    free(top_path);
+    return r;
+}
+
+static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
+                                         const struct node_settings *parent, struct change *change,
+                                         struct node **ret, struct error **err)
+{
+    struct node *node = NULL;
+    int r = node_co_open_one(g, o, parent, change, &node, err);
+
+    if (!node)
+        return r;
+    r = node->wanted_file ? open_wanted_chain(node, err) : 0;
     if (r < 0) {
         node_co_unref(node);
         return r;

@@ -96,7 +96,9 @@ bool node_grows(const struct node *node)
 
 bool node_has_unresolved(const struct node *node)
 {
-    return node_unresolved_below(node);
+    while (node && !node_unresolved(node))
+        node = node->file ? node->file->node : NULL;
+    return node;
 }
 
 void node_set_size(struct node *node, uint64_t size)

@@ -61,7 +61,7 @@ const char *edge_name(const struct edge *edge);
 
 /* Does REQUEST_GROW work here, and does what is new read as zeroes? */
 bool node_grows(const struct node *node);
-/* Has the host not ended operations, of it or of nodes below, that their requests have left (G9)? */
+/* Has the host not ended operations, of it or of its file, that their requests have left (G9)? Any loop. */
 bool node_has_unresolved(const struct node *node);
 
 /* For co_open and co_resize. */

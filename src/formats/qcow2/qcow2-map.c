@@ -1,0 +1,503 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Where guest clusters lie. L1 is in memory; L2 tables are cached in slices, each behind a pointer that readers follow without
+ * a lock, inside the node's epoch: a slice that is evicted is freed when they have left.
+ */
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "base/checked.h"
+#include "base/endian.h"
+#include "base/log.h"
+#include "base/macros.h"
+#include "formats/qcow2/qcow2.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+size_t qcow2_slice_bytes(const struct qcow2 *q)
+{
+    return (size_t)QCOW2_ENTRY_LEN << q->slice_bits;
+}
+
+static size_t slice_memory(const struct qcow2 *q)
+{
+    return sizeof(struct qcow2_slice) + qcow2_slice_bytes(q);
+}
+
+static uint32_t l1_index(const struct qcow2 *q, uint64_t slice_index)
+{
+    return (uint32_t)(slice_index >> (q->l2_bits - q->slice_bits));
+}
+
+static uint64_t l1_get(const struct qcow2 *q, uint64_t slice_index)
+{
+    /* Acquire: pairs with l1_set(); what the table holds was written before. */
+    return atomic_get_acquire(&q->map.l1[l1_index(q, slice_index)]) & QCOW2_L1_OFFSET_MASK;
+}
+
+uint64_t qcow2_slice_offset(const struct qcow2 *q, uint64_t slice_index)
+{
+    uint64_t table = l1_get(q, slice_index);
+    uint64_t in_table = slice_index & (((uint64_t)1 << (q->l2_bits - q->slice_bits)) - 1);
+
+    return table ? table + in_table * qcow2_slice_bytes(q) : 0;
+}
+
+static int co_fn read_l1(struct qcow2 *q, const struct request *by)
+{
+    uint64_t bytes = (uint64_t)q->map.l1_size * QCOW2_ENTRY_LEN;
+    struct iobuf *b = iobuf_new((size_t)MAX(bytes, (uint64_t)QCOW2_L1_UNIT));
+    int r = b ? 0 : -ENOMEM;
+
+    if (r == 0 && bytes)
+        r = qcow2_read_meta(q, by, q->map.l1_offset, b, 0, (size_t)bytes);
+    for (uint32_t i = 0; r == 0 && i < q->map.l1_size; i++)
+        q->map.l1[i] = load_be64(b->data + (size_t)i * QCOW2_ENTRY_LEN);
+    iobuf_unref(b);
+    return r;
+}
+
+int qcow2_map_init(struct qcow2 *q, const struct request *by, uint32_t l1_size, uint64_t l1_offset,
+                   uint64_t cache_max, struct error **err)
+{
+    struct qcow2_map *map = &q->map;
+    uint32_t units = l1_size / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN) + 1;
+    int r;
+
+    map->l1_size = l1_size;
+    map->l1_offset = l1_offset;
+    map->cache_max = cache_max;
+    map->slice_count = (uint64_t)l1_size << (q->l2_bits - q->slice_bits);
+    list_init(&map->clean);
+    list_init(&map->dirty);
+    list_init(&map->limbo);
+    co_mutex_init(&map->create);
+    for (size_t i = 0; i < QCOW2_LOAD_LOCKS; i++)
+        co_mutex_init(&map->load[i]);
+    map->l1 = try_new_n(uint64_t, (size_t)l1_size + 1); /* a disk of no bytes has none */
+    map->l1_dirty = try_new_n(uint64_t, units / 64 + 1);
+    map->slices = try_new_n(struct qcow2_slice *, (size_t)map->slice_count + 1);
+    if (!map->l1 || !map->l1_dirty || !map->slices)
+        return error_set(err, ENOMEM, "node '%s': no memory for an L1 table of %" PRIu32 " entries",
+                         node_name(q->node), l1_size);
+    r = read_l1(q, by);
+    return r < 0 ? error_set(err, -r, "node '%s': cannot read the L1 table: %s", node_name(q->node),
+                             strerror(-r))
+                 : 0;
+}
+
+static void free_slices(struct list *l)
+{
+    struct qcow2_slice *s;
+    struct qcow2_slice *tmp;
+
+    if (!l->next)
+        return; /* never opened */
+    list_for_each_safe (l, s, tmp, link) {
+        list_remove(&s->link);
+        free(s);
+    }
+}
+
+void qcow2_map_release(struct qcow2 *q)
+{
+    free_slices(&q->map.clean);
+    free_slices(&q->map.dirty);
+    free_slices(&q->map.limbo);
+    free(q->map.slices);
+    free(q->map.l1_dirty);
+    free(q->map.l1);
+}
+
+/* ---- the cache ---- */
+
+static struct co_mutex *load_lock(struct qcow2 *q, uint64_t slice_index)
+{
+    return &q->map.load[slice_index % QCOW2_LOAD_LOCKS];
+}
+
+static struct qcow2_slice *slice_find(const struct qcow2 *q, uint64_t slice_index)
+{
+    /* Acquire: pairs with slice_publish(). */
+    return atomic_get_acquire(&q->map.slices[slice_index]);
+}
+
+static void touch(struct qcow2_slice *s)
+{
+    /* Relaxed: a hint. It is read first, so that readers do not write the same line all the time. */
+    if (!atomic_get_relaxed(&s->used))
+        atomic_set_relaxed(&s->used, true);
+}
+
+/* Those in limbo whose readers have left, and slices out of use until a share of the cache is free again. */
+static unsigned evict_locked(struct qcow2 *q, struct list *ret_out, struct list *ret_free)
+{
+    struct qcow2_map *map = &q->map;
+    uint64_t goal = map->cache_max - map->cache_max / 16;
+    struct qcow2_slice *s;
+    struct qcow2_slice *tmp;
+    unsigned out = 0;
+
+    list_for_each_safe (&map->limbo, s, tmp, link) {
+        if (!epoch_has_passed(node_epoch(q->node), s->ticket))
+            break; /* in order of their tickets */
+        list_remove(&s->link);
+        list_append(ret_free, &s->link);
+    }
+    if (map->cached <= map->cache_max)
+        return 0;
+    for (struct list *end = map->clean.prev; map->cached > goal && !list_empty(&map->clean);) {
+        s = list_first(&map->clean, struct qcow2_slice, link);
+        tmp = s;
+        list_remove(&s->link);
+        if (s->pins || atomic_get_relaxed(&s->used)) { /* a hint */
+            atomic_set_relaxed(&s->used, false);
+            list_append(&map->clean, &s->link);
+        } else {
+            atomic_set(&map->slices[s->index], NULL);
+            map->cached -= slice_memory(q);
+            list_append(ret_out, &s->link);
+            out++;
+        }
+        if (&tmp->link == end)
+            break; /* each was looked at once */
+    }
+    return out;
+}
+
+static void evict(struct qcow2 *q)
+{
+    struct list out;
+    struct list gone;
+    uint64_t ticket;
+    unsigned n;
+
+    list_init(&out);
+    list_init(&gone);
+    tiny_lock_acquire(&q->lock);
+    n = evict_locked(q, &out, &gone);
+    tiny_lock_release(&q->lock);
+    free_slices(&gone);
+    if (!n)
+        return;
+    ticket = epoch_ticket(node_epoch(q->node));
+    tiny_lock_acquire(&q->lock);
+    while (!list_empty(&out)) {
+        struct qcow2_slice *s = list_first(&out, struct qcow2_slice, link);
+
+        list_remove(&s->link);
+        s->ticket = ticket;
+        list_append(&q->map.limbo, &s->link);
+    }
+    tiny_lock_release(&q->lock);
+}
+
+static void slice_publish(struct qcow2 *q, struct qcow2_slice *s)
+{
+    tiny_lock_acquire(&q->lock);
+    list_append(&q->map.clean, &s->link);
+    q->map.cached += slice_memory(q);
+    atomic_set(&q->map.slices[s->index], s);
+    tiny_lock_release(&q->lock);
+}
+
+/* Reads a slice from the disk; *ret is NULL if there is no table. Under its load lock. */
+static int co_fn slice_read(struct qcow2 *q, const struct request *by, uint64_t slice_index,
+                            struct qcow2_slice **ret)
+{
+    uint64_t table = l1_get(q, slice_index);
+    size_t bytes = qcow2_slice_bytes(q);
+    struct qcow2_slice *s;
+    struct iobuf *b;
+    int r;
+
+    *ret = NULL;
+    if (!table)
+        return 0;
+    if (!qcow2_is_cluster(q, table))
+        return qcow2_damaged(q, "L1 entry %" PRIu32 " points to %" PRIu64 ", where no table can be",
+                             l1_index(q, slice_index), table);
+    b = iobuf_new(bytes);
+    s = try_alloc(1, slice_memory(q));
+    r = b && s ? 0 : -ENOMEM;
+    if (r == 0)
+        r = qcow2_read_meta(q, by, qcow2_slice_offset(q, slice_index), b, 0, bytes);
+    if (r == 0) {
+        s->index = slice_index;
+        for (uint64_t i = 0; i < qcow2_slice_entries(q); i++)
+            s->entries[i] = load_be64(b->data + i * QCOW2_ENTRY_LEN);
+        list_init(&s->link);
+        slice_publish(q, s);
+        *ret = take(&s);
+    }
+    free(s);
+    iobuf_unref(b);
+    return r;
+}
+
+/* The slice as readers may use it, who are inside the epoch. */
+static int co_fn slice_get(struct qcow2 *q, const struct request *by, uint64_t slice_index,
+                           struct qcow2_slice **ret)
+{
+    int r;
+
+    *ret = slice_find(q, slice_index);
+    if (likely(*ret)) {
+        touch(*ret);
+        return 0;
+    }
+    if (!l1_get(q, slice_index))
+        return 0;
+    r = co_mutex_lock_until(load_lock(q, slice_index), LOOP_FOREVER);
+    if (r < 0)
+        return r;
+    *ret = slice_find(q, slice_index);
+    if (!*ret)
+        r = slice_read(q, by, slice_index, ret);
+    co_mutex_unlock(load_lock(q, slice_index));
+    evict(q);
+    return r;
+}
+
+/* ---- what entries say ---- */
+
+uint64_t qcow2_entry(const struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster)
+{
+    /* Acquire: pairs with qcow2_entry_set_locked(); the data was written before. */
+    return atomic_get_acquire(&s->entries[guest_cluster & (qcow2_slice_entries(q) - 1)]);
+}
+
+int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret,
+                     uint64_t *ret_host)
+{
+    uint64_t reserved = QCOW2_L2_RESERVED_MASK | (q->version < 3 ? QCOW2_L2_ZERO : 0);
+
+    *ret_host = 0;
+    if (likely((entry & ~QCOW2_L2_OFFSET_MASK) == QCOW2_COPIED && (entry & QCOW2_L2_OFFSET_MASK))) {
+        *ret = QCOW2_ENTRY_DATA;
+    } else if (entry & QCOW2_L2_COMPRESSED) {
+        if (!atomic_swap(&q->broken_told, true))
+            log_warning(
+                "node '%s': compressed clusters are not supported yet: requests to them fail",
+                node_name(q->node));
+        return -ENOTSUP;
+    } else if (entry & reserved) {
+        return qcow2_damaged(q, "an L2 entry has reserved bits set: %#" PRIx64, entry);
+    } else if (entry & QCOW2_L2_ZERO) {
+        *ret = QCOW2_ENTRY_ZERO;
+    } else {
+        *ret = entry & QCOW2_L2_OFFSET_MASK ? QCOW2_ENTRY_DATA : QCOW2_ENTRY_BELOW;
+    }
+    *ret_host = entry & QCOW2_L2_OFFSET_MASK;
+    if (unlikely(*ret_host && !qcow2_is_cluster(q, *ret_host)))
+        return qcow2_damaged(q, "an L2 entry points to %" PRIu64 ", where no cluster can be",
+                             *ret_host);
+    return 0;
+}
+
+/* Does the next cluster continue what the mapping says? */
+static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t entry, bool for_writing)
+{
+    uint64_t copied = for_writing ? QCOW2_COPIED : entry & QCOW2_COPIED;
+    enum qcow2_entry_kind kind;
+    uint64_t host;
+
+    switch (m->kind) {
+    case MAPPING_DATA:
+        return entry == (((m->host_offset + m->len) | copied)) && /* no other bit is set */
+               qcow2_is_cluster(q, entry & QCOW2_L2_OFFSET_MASK);
+    case MAPPING_ZERO:
+        return qcow2_entry_kind(q, entry, &kind, &host) == 0 && kind == QCOW2_ENTRY_ZERO;
+    case MAPPING_BELOW:
+        return !entry;
+    }
+    return false;
+}
+
+/* There is no L2 table: nor for what follows, up to the next one. */
+static uint64_t length_without_table(const struct qcow2 *q, uint64_t offset, uint64_t len)
+{
+    unsigned covered_bits = q->cluster_bits + q->l2_bits;
+    uint64_t index = offset >> covered_bits;
+
+    do {
+        index++;
+    } while (index << covered_bits < offset + len && index < q->map.l1_size &&
+             !(atomic_get_acquire(&q->map.l1[index]) & QCOW2_L1_OFFSET_MASK)); /* as l1_get() */
+    return MIN(len, (index << covered_bits) - offset);
+}
+
+static int map_entry(struct qcow2 *q, uint64_t entry, uint64_t in_cluster, struct mapping *ret)
+{
+    enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
+    uint64_t host;
+    int r = qcow2_entry_kind(q, entry, &kind, &host);
+
+    ret->kind = kind == QCOW2_ENTRY_DATA   ? MAPPING_DATA
+                : kind == QCOW2_ENTRY_ZERO ? MAPPING_ZERO
+                                           : MAPPING_BELOW;
+    ret->host_offset = host + in_cluster;
+    ret->len = qcow2_cluster_size(q) - in_cluster;
+    return r;
+}
+
+int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, uint64_t len,
+                  bool for_writing, struct mapping *ret)
+{
+    uint64_t cluster = offset >> q->cluster_bits;
+    uint64_t slice_end = (cluster | (qcow2_slice_entries(q) - 1)) + 1;
+    struct qcow2_slice *s;
+    uint64_t entry;
+    int r = slice_get(q, req, cluster >> q->slice_bits, &s);
+
+    if (unlikely(r < 0))
+        return r;
+    if (!s) {
+        *ret = (struct mapping){.kind = MAPPING_BELOW, .len = length_without_table(q, offset, len)};
+        return 0;
+    }
+    entry = qcow2_entry(q, s, cluster);
+    r = map_entry(q, entry, offset & (qcow2_cluster_size(q) - 1), ret);
+    if (for_writing && !(entry & QCOW2_COPIED))
+        ret->kind = MAPPING_BELOW;
+    while (r == 0 && ret->len < len && ++cluster < slice_end &&
+           continues(q, ret, qcow2_entry(q, s, cluster), for_writing))
+        ret->len += qcow2_cluster_size(q);
+    ret->len = MIN(ret->len, len);
+    return r;
+}
+
+int qcow2_co_map(struct node *node, const struct request *req, uint64_t offset, uint64_t len,
+                 struct mapping *ret)
+{
+    return qcow2_map_run(node_state(node), req, offset, len, false, ret);
+}
+
+uint64_t qcow2_next_mapped(const struct qcow2 *q, uint64_t first, uint64_t end)
+{
+    uint64_t per_table = (uint64_t)1 << q->l2_bits;
+
+    while (first < end && !l1_get(q, first >> q->slice_bits))
+        first = (first | (per_table - 1)) + 1;
+    return MIN(first, end);
+}
+
+/* ---- changing them ---- */
+
+void qcow2_slice_unpin(struct qcow2 *q, struct qcow2_slice *s)
+{
+    tiny_lock_acquire(&q->lock);
+    s->pins--;
+    tiny_lock_release(&q->lock);
+}
+
+static struct qcow2_slice *pin_if_there(struct qcow2 *q, uint64_t slice_index)
+{
+    struct qcow2_slice *s;
+
+    tiny_lock_acquire(&q->lock);
+    s = slice_find(q, slice_index);
+    if (s)
+        s->pins++;
+    tiny_lock_release(&q->lock);
+    return s;
+}
+
+static void l1_set(struct qcow2 *q, uint32_t index, uint64_t table, bool ordered)
+{
+    uint32_t unit = index / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN);
+
+    tiny_lock_acquire(&q->lock);
+    atomic_set(&q->map.l1[index], table | QCOW2_COPIED);
+    q->map.l1_dirty[unit / 64] |= (uint64_t)1 << unit % 64;
+    q->map.l1_any = true;
+    q->map.l1_ordered |= ordered;
+    tiny_lock_release(&q->lock);
+}
+
+static int co_fn zero_table(struct qcow2 *q, const struct request *by, uint64_t offset)
+{
+    struct request zero = request_for(by, REQUEST_WRITE_ZEROES, offset, qcow2_cluster_size(q));
+
+    return edge_co_request(q->file, &zero);
+}
+
+/* A table of unallocated clusters. Fresh space is one already. */
+static int co_fn make_table(struct qcow2 *q, const struct request *by, uint64_t slice_index)
+{
+    struct qcow2_extent at;
+    int r = qcow2_alloc_get(q, by, 1, &at);
+
+    if (r < 0)
+        return r;
+    if (!at.fresh)
+        r = zero_table(q, by, at.host_offset);
+    if (r < 0) {
+        qcow2_alloc_put(q, at.host_offset, 1);
+        return r;
+    }
+    l1_set(q, l1_index(q, slice_index), at.host_offset, !at.fresh);
+    return 0;
+}
+
+static int co_fn need_table(struct qcow2 *q, const struct request *by, uint64_t slice_index)
+{
+    int r;
+
+    if (l1_get(q, slice_index))
+        return 0;
+    r = co_mutex_lock_until(&q->map.create, LOOP_FOREVER);
+    if (r < 0)
+        return r;
+    if (!l1_get(q, slice_index))
+        r = make_table(q, by, slice_index);
+    co_mutex_unlock(&q->map.create);
+    return r;
+}
+
+int qcow2_slice_pin(struct qcow2 *q, const struct request *by, uint64_t guest_cluster, bool create,
+                    struct qcow2_slice **ret)
+{
+    uint64_t index = guest_cluster >> q->slice_bits;
+    int r = create ? need_table(q, by, index) : 0;
+
+    *ret = NULL;
+    while (r == 0 && !*ret) {
+        struct epoch_slot *slot = epoch_slot_here(node_epoch(q->node));
+        struct qcow2_slice *s;
+        unsigned phase;
+
+        if (!slot)
+            return -ENOMEM;
+        phase = epoch_enter(slot);
+        r = slice_get(q, by, index, &s);
+        epoch_leave(slot, phase);
+        if (r < 0 || !s)
+            return r;
+        *ret = pin_if_there(q, index); /* or it was evicted meanwhile */
+    }
+    return r;
+}
+
+static uint32_t chunk_of(const struct qcow2 *q, uint64_t guest_cluster)
+{
+    uint64_t in_slice = guest_cluster & (qcow2_slice_entries(q) - 1);
+
+    return (uint32_t)1 << (in_slice * QCOW2_ENTRY_LEN / QCOW2_CHUNK_BYTES);
+}
+
+void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t guest_cluster,
+                            uint64_t entry, bool ordered)
+{
+    atomic_set_release(&s->entries[guest_cluster & (qcow2_slice_entries(q) - 1)],
+                       entry); /* pairs with qcow2_entry() */
+    if (!s->dirty) {
+        list_remove(&s->link);
+        list_append(&q->map.dirty, &s->link);
+        q->map.dirty_count++;
+    }
+    s->dirty |= chunk_of(q, guest_cluster);
+    s->ordered |= ordered;
+}

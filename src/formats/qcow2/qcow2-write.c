@@ -1,0 +1,475 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Requests that change data.
+ *
+ * WRITE-1 A cluster that is mapped and used once is written to in place, without a lock, inside the node's epoch (Q2).
+ * WRITE-2 Whoever changes a mapping holds the guest range: he looks again when he has it, writes the data first, and then
+ *         publishes the mapping. Until then readers find the old one.
+ * WRITE-3 The cluster that a mapping no longer points to goes through the flush and the epoch before it is touched (Q1). One
+ *         that stays with its mapping, but reads as zeroes, is only touched after an epoch.
+ */
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "base/checked.h"
+#include "base/macros.h"
+#include "formats/qcow2/qcow2.h"
+#include "graph/chain.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* So many bytes are allocated in one step, if clusters are not larger. */
+#define ALLOC_STEP (2 * MIB)
+
+#define PIECE_IOV 16
+
+/* ---- in place ---- */
+
+/* Writes what can be written in place from byte `done` of the request on; *ret_len 0: nothing. */
+static int co_fn write_in_place(struct qcow2 *q, struct request *req, uint64_t done,
+                                uint64_t *ret_len)
+{
+    struct epoch_slot *slot = epoch_slot_here(node_epoch(q->node));
+    struct iovec iov[PIECE_IOV];
+    struct request piece = *req;
+    struct mapping map;
+    unsigned phase;
+    int r;
+
+    *ret_len = 0;
+    if (unlikely(!slot))
+        return -ENOMEM;
+    phase = epoch_enter(slot);
+    r = qcow2_map_run(q, req, req->offset + done, req->len - done, true, &map);
+    if (likely(r == 0 && map.kind == MAPPING_DATA)) {
+        *ret_len = map.len;
+        if (map.len < req->len)
+            *ret_len = request_slice(&piece, req, done, map.len, iov, PIECE_IOV);
+        piece.flags &= ~(unsigned)REQUEST_FUA; /* the core flushes: the mapping counts, too */
+        r = edge_co_request_at(q->file, &piece, map.host_offset);
+    }
+    epoch_leave(slot, phase);
+    return r;
+}
+
+/* ---- allocating ---- */
+
+/* Guest clusters that get a new place, on the stack of their writer, who holds their range. */
+struct placing {
+    struct qcow2_slice *slice; /* pinned */
+    uint64_t cluster;          /* the first guest cluster */
+    uint64_t count;
+    bool was_zero; /* they read as zeroes: so does what is not written */
+    bool reuses;   /* they keep the host cluster that they have */
+    struct qcow2_extent at;
+};
+
+/* What are the clusters, as far as they are of one kind? 0 clusters: the first one is written in place. */
+static int co_fn look_again(struct qcow2 *q, const struct request *req, struct placing *p)
+{
+    uint64_t most = p->count;
+
+    p->count = 0;
+    while (p->count < most) {
+        uint64_t entry = qcow2_entry(q, p->slice, p->cluster + p->count);
+        enum qcow2_entry_kind kind;
+        uint64_t host;
+        int r = qcow2_entry_kind(q, entry, &kind, &host);
+        bool zero = kind == QCOW2_ENTRY_ZERO;
+        uint64_t refcount;
+
+        if (r < 0)
+            return p->count ? 0 : r;
+        if (kind == QCOW2_ENTRY_DATA || (p->count && (zero != p->was_zero || host)))
+            break;
+        p->was_zero = zero;
+        p->count++;
+        if (!host)
+            continue;
+        r = qcow2_refcount(q, req, host, &refcount);
+        p->reuses = refcount == 1;
+        p->at = (struct qcow2_extent){.host_offset = host, .count = 1};
+        return r;
+    }
+    return 0;
+}
+
+/* Used more than once, or not known to be: a cluster of data that must not be written to. */
+static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, struct placing *p)
+{
+    uint64_t entry = qcow2_entry(q, p->slice, p->cluster);
+    enum qcow2_entry_kind kind;
+    uint64_t refcount;
+    uint64_t host;
+    int r = qcow2_entry_kind(q, entry, &kind, &host);
+
+    if (r < 0 || kind != QCOW2_ENTRY_DATA || entry & QCOW2_COPIED)
+        return r;
+    r = qcow2_refcount(q, req, host, &refcount);
+    if (r < 0)
+        return r;
+    if (refcount != 1)
+        return qcow2_damaged(q, "a cluster is used more than once, and there are no snapshots");
+    tiny_lock_acquire(&q->lock); /* it is ours: say so, and write in place */
+    qcow2_entry_set_locked(q, p->slice, p->cluster, entry | QCOW2_COPIED, false);
+    tiny_lock_release(&q->lock);
+    return 0;
+}
+
+static int co_fn choose_place(struct qcow2 *q, const struct request *req, struct placing *p)
+{
+    if (!p->reuses)
+        return qcow2_alloc_get(q, req, p->count, &p->at);
+    /* WRITE-3. Nobody has touched it since the image was opened, unless there were such zeroes. */
+    return atomic_get(&q->zeroed_in_place) ? epoch_co_pass(node_epoch(q->node)) : 0;
+}
+
+/* What a part of the clusters held before, which the request does not write. */
+static int co_fn read_old(struct qcow2 *q, const struct request *req, const struct placing *p,
+                          uint64_t offset, uint64_t len, struct iobuf *b, size_t at)
+{
+    uint64_t inside = offset < node_size(q->node) ? MIN(len, node_size(q->node) - offset) : 0;
+    struct iovec iov = {b->data + at, (size_t)inside};
+    struct request old = request_for(req, REQUEST_READ, offset, inside);
+
+    memset(b->data + at + inside, 0, (size_t)(len - inside));
+    if (p->was_zero) {
+        memset(b->data + at, 0, (size_t)inside);
+        return 0;
+    }
+    old.iov = &iov;
+    old.iov_count = 1;
+    old.hold = b;
+    return inside ? chain_co_read_below(q->node, &old) : 0;
+}
+
+/* Whole clusters: what was there before, with the request's data over it. */
+static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const struct placing *p,
+                             uint64_t done, uint64_t len)
+{
+    uint64_t start = p->cluster << q->cluster_bits;
+    uint64_t bytes = p->count << q->cluster_bits;
+    uint64_t head = req->offset + done - start;
+    uint64_t tail = bytes - head - len;
+    struct iobuf *b = iobuf_new((size_t)bytes);
+    int r = b ? 0 : -ENOMEM;
+
+    if (r == 0 && head)
+        r = read_old(q, req, p, start, head, b, 0);
+    if (r == 0 && tail)
+        r = read_old(q, req, p, start + head + len, tail, b, (size_t)(head + len));
+    if (r == 0) {
+        struct iovec iov = {b->data, (size_t)bytes};
+        struct request write = request_for(req, REQUEST_WRITE, p->at.host_offset, bytes);
+
+        request_gather(req, done, b->data + head, (size_t)len);
+        write.iov = &iov;
+        write.iov_count = 1;
+        write.hold = b;
+        r = edge_co_request(q->file, &write);
+    }
+    iobuf_unref(b);
+    return r;
+}
+
+static int co_fn write_data(struct qcow2 *q, struct request *req, const struct placing *p,
+                            uint64_t done, uint64_t *len)
+{
+    uint64_t head = (req->offset + done) & (qcow2_cluster_size(q) - 1);
+    bool whole = !head && *len == p->count << q->cluster_bits;
+    struct iovec iov[PIECE_IOV];
+    struct request piece = *req;
+
+    if (!whole && !(p->was_zero && p->at.fresh))
+        return write_mixed(q, req, p, done, *len);
+    piece.flags &= ~(unsigned)REQUEST_FUA;
+    if (*len < req->len && request_slice(&piece, req, done, *len, iov, PIECE_IOV) < *len)
+        return write_mixed(q, req, p, done, *len); /* more vectors than fit */
+    return edge_co_request_at(q->file, &piece, p->at.host_offset + head);
+}
+
+/* WRITE-2. What pointed to zeroes may point to fresh space before the data is there: it reads the same. */
+static void publish(struct qcow2 *q, const struct placing *p)
+{
+    bool ordered = !(p->was_zero && p->at.fresh);
+
+    tiny_lock_acquire(&q->lock);
+    for (uint64_t i = 0; i < p->count; i++)
+        qcow2_entry_set_locked(q, p->slice, p->cluster + i,
+                               (p->at.host_offset + (i << q->cluster_bits)) | QCOW2_COPIED,
+                               ordered);
+    tiny_lock_release(&q->lock);
+}
+
+/* With the range held and the slice pinned. *ret_len 0: look once more. */
+static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing *p, uint64_t done,
+                            uint64_t *ret_len)
+{
+    uint64_t offset = req->offset + done;
+    int r = look_again(q, req, p);
+
+    *ret_len = 0;
+    if (r == 0 && !p->count)
+        return look_at_shared(q, req, p);
+    if (r == 0 && !p->was_zero) {
+        r = chain_co_zero_below(q->node, req, p->cluster << q->cluster_bits,
+                                p->count << q->cluster_bits);
+        p->was_zero = r == 1;
+    }
+    if (r >= 0)
+        r = choose_place(q, req, p);
+    if (r < 0)
+        return r;
+    p->count = p->at.count;
+    *ret_len = MIN(req->len - done, ((p->cluster + p->count) << q->cluster_bits) - offset);
+    r = write_data(q, req, p, done, ret_len);
+    if (r == 0)
+        publish(q, p);
+    else if (!p->reuses)
+        qcow2_alloc_put(q, p->at.host_offset, p->at.count);
+    return r;
+}
+
+/* Gives clusters from byte `done` of the request on a place, and writes to it; *ret_len 0: look once more. */
+static int co_fn write_placing(struct qcow2 *q, struct request *req, uint64_t done,
+                               uint64_t *ret_len)
+{
+    uint64_t offset = req->offset + done;
+    uint64_t first = offset >> q->cluster_bits;
+    uint64_t last = (req->offset + req->len - 1) >> q->cluster_bits;
+    uint64_t slice_end = (first | (qcow2_slice_entries(q) - 1)) + 1;
+    struct placing p = {.cluster = first};
+    struct overlap_range range;
+    int r;
+
+    p.count = MIN(last + 1, slice_end) - first;
+    p.count = MIN(p.count, MAX(ALLOC_STEP >> q->cluster_bits, (uint64_t)1));
+    r = overlap_begin(&q->ranges, &range, first << q->cluster_bits, p.count << q->cluster_bits,
+                      true);
+    if (r < 0)
+        return r;
+    r = qcow2_slice_pin(q, req, first, true, &p.slice);
+    if (r == 0 && p.slice) {
+        r = place_held(q, req, &p, done, ret_len);
+        qcow2_slice_unpin(q, p.slice);
+    }
+    overlap_end(&q->ranges, &range);
+    if (r == 0)
+        qcow2_flush_if_full(q, req);
+    return r;
+}
+
+int qcow2_co_write(struct node *node, struct request *req)
+{
+    struct qcow2 *q = node_state(node);
+    uint64_t done = 0;
+    int r = 0;
+
+    while (r == 0 && done < req->len) {
+        uint64_t len;
+
+        r = write_in_place(q, req, done, &len);
+        if (unlikely(r == 0 && !len))
+            r = write_placing(q, req, done, &len);
+        if (r == 0)
+            done += len;
+    }
+    return r;
+}
+
+/* ---- zeroes and discard ---- */
+
+/* Does what is not mapped read as zeroes, for us and for whoever opens the image as it says? */
+static bool unmapped_is_zero(const struct qcow2 *q)
+{
+    return !q->names_backing && !node_backing(q->node);
+}
+
+/* What the entry becomes. `ret_frees`: the cluster that it has is not needed any more. */
+static uint64_t cleared_entry(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind,
+                              uint64_t host, enum qcow2_clearing how, bool *ret_frees)
+{
+    bool zero_is_none = unmapped_is_zero(q);
+
+    *ret_frees = host && how != QCOW2_ZERO;
+    if (how == QCOW2_ZERO && host)
+        return entry | QCOW2_L2_ZERO;
+    if (!host && (kind == QCOW2_ENTRY_ZERO || how == QCOW2_DISCARD || zero_is_none))
+        return entry;
+    return zero_is_none ? 0 : QCOW2_L2_ZERO;
+}
+
+/* Version 2 has no zero clusters: what can be done without them? */
+static bool can_clear(const struct qcow2 *q, enum qcow2_clearing how)
+{
+    return q->version >= 3 || (unmapped_is_zero(q) && how != QCOW2_ZERO);
+}
+
+static struct qcow2_run *new_run(const struct qcow2 *q, uint64_t host)
+{
+    struct qcow2_run *run = try_new(struct qcow2_run);
+
+    if (run) {
+        list_init(&run->link);
+        run->first = host >> q->cluster_bits;
+        run->count = 1;
+    }
+    return run;
+}
+
+static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster,
+                         enum qcow2_clearing how)
+{
+    uint64_t entry = qcow2_entry(q, s, cluster);
+    struct qcow2_run *run = NULL;
+    enum qcow2_entry_kind kind;
+    uint64_t becomes;
+    uint64_t host;
+    bool frees;
+    int r = qcow2_entry_kind(q, entry, &kind, &host);
+
+    if (r < 0)
+        return r;
+    becomes = cleared_entry(q, entry, kind, host, how, &frees);
+    if (becomes == entry)
+        return 0;
+    if (frees) {
+        run = new_run(q, host);
+        if (!run)
+            return -ENOMEM;
+    }
+    if (how == QCOW2_ZERO && host)
+        atomic_set(&q->zeroed_in_place, true);
+    tiny_lock_acquire(&q->lock);
+    qcow2_entry_set_locked(q, s, cluster, becomes, false);
+    if (run)
+        qcow2_free_locked(q, run);
+    tiny_lock_release(&q->lock);
+    return 0;
+}
+
+/* Does nothing have to be noted for clusters without an L2 table? */
+static bool skips_unmapped(const struct qcow2 *q, enum qcow2_clearing how)
+{
+    return how == QCOW2_DISCARD || unmapped_is_zero(q);
+}
+
+/* Clusters of one slice. */
+static int co_fn clear_piece(struct qcow2 *q, const struct request *req, uint64_t first,
+                             uint64_t count, enum qcow2_clearing how)
+{
+    struct qcow2_slice *s = NULL;
+    struct overlap_range range;
+    int r =
+        overlap_begin(&q->ranges, &range, first << q->cluster_bits, count << q->cluster_bits, true);
+
+    if (r < 0)
+        return r;
+    r = qcow2_slice_pin(q, req, first, !skips_unmapped(q, how), &s);
+    for (uint64_t i = 0; r == 0 && s && i < count; i++)
+        r = clear_cluster(q, s, first + i, how);
+    if (s)
+        qcow2_slice_unpin(q, s);
+    overlap_end(&q->ranges, &range);
+    if (r == 0)
+        qcow2_flush_if_full(q, req);
+    return r;
+}
+
+int qcow2_clear(struct qcow2 *q, const struct request *req, uint64_t first, uint64_t end,
+                enum qcow2_clearing how)
+{
+    int r = 0;
+
+    while (r == 0) {
+        uint64_t n;
+
+        if (skips_unmapped(q, how))
+            first = qcow2_next_mapped(q, first, end);
+        if (first >= end)
+            break;
+        n = MIN(end, (first | (qcow2_slice_entries(q) - 1)) + 1) - first;
+        r = clear_piece(q, req, first, n, how);
+        first += n;
+    }
+    return r;
+}
+
+/* The clusters that lie in the range as a whole; the last one of the disk may end beyond it. */
+static void whole_clusters(const struct qcow2 *q, const struct request *req, uint64_t *ret_first,
+                           uint64_t *ret_end)
+{
+    uint64_t end = req->offset + req->len;
+
+    if (end == node_size(q->node))
+        end = align_up(end, qcow2_cluster_size(q));
+    *ret_first = align_up(req->offset, qcow2_cluster_size(q)) >> q->cluster_bits;
+    *ret_end = end >> q->cluster_bits;
+}
+
+int qcow2_co_discard(struct node *node, struct request *req)
+{
+    struct qcow2 *q = node_state(node);
+    uint64_t first;
+    uint64_t end;
+
+    whole_clusters(q, req, &first, &end);
+    return can_clear(q, QCOW2_DISCARD) ? qcow2_clear(q, req, first, end, QCOW2_DISCARD) : 0;
+}
+
+int qcow2_zero_part(struct qcow2 *q, const struct request *req, uint64_t offset, uint64_t len)
+{
+    struct extent one = {.flags = 0};
+    struct extents found = {.v = &one, .max = 1};
+    struct request look = request_for(req, REQUEST_EXTENTS, offset, len);
+    struct iobuf *zeroes;
+    struct iovec iov;
+    struct request write;
+    int r;
+
+    if (!len)
+        return 0;
+    look.extents = &found;
+    r = chain_co_extents(q->node, &look);
+    if (r < 0 || (found.count && one.flags & EXTENT_ZERO && one.len >= len))
+        return r;
+    zeroes = iobuf_new((size_t)len);
+    if (!zeroes)
+        return -ENOMEM;
+    memset(zeroes->data, 0, (size_t)len);
+    iov = (struct iovec){zeroes->data, (size_t)len};
+    write = request_for(req, REQUEST_WRITE, offset, len);
+    write.iov = &iov;
+    write.iov_count = 1;
+    write.hold = zeroes;
+    r = qcow2_co_write(q->node, &write);
+    iobuf_unref(zeroes);
+    return r;
+}
+
+int qcow2_co_write_zeroes(struct node *node, struct request *req)
+{
+    struct qcow2 *q = node_state(node);
+    enum qcow2_clearing how = req->flags & REQUEST_MAY_UNMAP ? QCOW2_ZERO_UNMAP : QCOW2_ZERO;
+    uint64_t range_end = req->offset + req->len;
+    uint64_t first;
+    uint64_t end;
+    int r;
+
+    if (!can_clear(q, how))
+        return -EOPNOTSUPP;
+    whole_clusters(q, req, &first, &end);
+    if (first >= end) { /* parts of one cluster, or of two */
+        uint64_t middle = MIN(first << q->cluster_bits, range_end);
+
+        r = qcow2_zero_part(q, req, req->offset, middle - req->offset);
+        return r < 0 ? r : qcow2_zero_part(q, req, middle, range_end - middle);
+    }
+    r = qcow2_clear(q, req, first, end, how);
+    if (r == 0)
+        r = qcow2_zero_part(q, req, req->offset, (first << q->cluster_bits) - req->offset);
+    if (r == 0 && end << q->cluster_bits < range_end)
+        r = qcow2_zero_part(q, req, end << q->cluster_bits, range_end - (end << q->cluster_bits));
+    return r;
+}

@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * qcow2, versions 2 and 3: opening, closing, and metadata in the file. See qcow2.h for the rest.
+ */
+#include "formats/qcow2/qcow2.h"
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "base/checked.h"
+#include "base/endian.h"
+#include "base/log.h"
+#include "base/macros.h"
+#include "formats/qcow2/qcow2-header.h"
+#include "graph/gate.h"
+#include "graph/graph.h"
+#include "graph/node-ref.h"
+#include "qcow2-options.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* How often a metadata write looks whether the host has let go of the file. */
+#define LOOK_NS (5 * NS_PER_MS)
+
+static int co_fn meta_request(struct qcow2 *q, const struct request *by, enum request_kind kind,
+                              uint64_t offset, struct iobuf *b, size_t at, size_t len)
+{
+    struct request req = request_for(by, kind, offset, len);
+    struct iovec iov = {b->data + at, len};
+
+    req.iov = &iov;
+    req.iov_count = 1;
+    req.hold = b;
+    return edge_co_request(q->file, &req);
+}
+
+int qcow2_read_meta(struct qcow2 *q, const struct request *by, uint64_t offset, struct iobuf *b,
+                    size_t at, size_t len)
+{
+    uint64_t size = node_size(edge_node(q->file));
+    uint64_t inside = offset < size ? MIN((uint64_t)len, size - offset) : 0;
+
+    memset(b->data + at + inside, 0, len - (size_t)inside); /* the file may end within a cluster */
+    return inside ? meta_request(q, by, REQUEST_READ, offset, b, at, (size_t)inside) : 0;
+}
+
+/* G9: not into a file that an earlier write, which its waiter has left, may still change. */
+int qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset, struct iobuf *b,
+                     size_t at, size_t len)
+{
+    struct request wait = *by;
+    int r = 0;
+
+    while (r == 0 && unlikely(node_has_unresolved(edge_node(q->file))))
+        r = co_park_until(&wait, loop_clock() + LOOK_NS);
+    return r < 0 ? r : meta_request(q, by, REQUEST_WRITE, offset, b, at, len);
+}
+
+int qcow2_sync(struct qcow2 *q, const struct request *by)
+{
+    struct request req = request_for(by, REQUEST_FLUSH, 0, 0);
+
+    return edge_co_request(q->file, &req);
+}
+
+int qcow2_damaged(struct qcow2 *q, const char *fmt, ...)
+{
+    va_list args;
+    char *what;
+
+    if (atomic_swap(&q->broken_told, true))
+        return -EIO;
+    va_start(args, fmt);
+    what = xvasprintf(fmt, args);
+    va_end(args);
+    log_warning("node '%s': the image is damaged: %s; check it with qemu-img check",
+                node_name(q->node), what);
+    free(what);
+    return -EIO;
+}
+
+bool qcow2_is_cluster(const struct qcow2 *q, uint64_t host_offset)
+{
+    return is_aligned(host_offset, qcow2_cluster_size(q)) && host_offset &&
+           host_offset < node_size(edge_node(q->file));
+}
+
+/* ---- opening ---- */
+
+static int co_fn read_header(struct qcow2 *q, const struct request *by, struct qcow2_header *ret,
+                             struct error **err)
+{
+    uint64_t size = node_size(edge_node(q->file));
+    size_t len = (size_t)MIN(size, QCOW2_HEADER_BYTES_MAX);
+    struct iobuf *b = iobuf_new(MAX(len, (size_t)1));
+    int r;
+
+    if (!b)
+        return error_set(err, ENOMEM, "no memory");
+    r = qcow2_read_meta(q, by, 0, b, 0, len);
+    if (r < 0)
+        r = error_set(err, -r, "node '%s': cannot read the header: %s", node_name(q->node),
+                      strerror(-r));
+    else
+        r = qcow2_header_parse(ret, b->data, len, size, node_name(q->node), err);
+    iobuf_unref(b);
+    return r;
+}
+
+/* What is not kept right any more must not be believed: the bits go before anything else is written. */
+static int co_fn clear_autoclear(struct qcow2 *q, const struct request *by,
+                                 const struct qcow2_header *header, struct error **err)
+{
+    uint64_t kept = header->autoclear & qcow2_header_autoclear_kept();
+    struct iobuf *b;
+    int r;
+
+    if (kept == header->autoclear)
+        return 0;
+    b = iobuf_new(8);
+    if (!b)
+        return error_set(err, ENOMEM, "no memory");
+    store_be64(b->data, kept);
+    r = qcow2_write_meta(q, by, QCOW2_OFFSET_AUTOCLEAR, b, 0, 8);
+    iobuf_unref(b);
+    if (r == 0)
+        r = qcow2_sync(q, by);
+    return r < 0 ? error_set(err, -r, "node '%s': cannot write the header: %s", node_name(q->node),
+                             strerror(-r))
+                 : 0;
+}
+
+/* The last cluster lies in the file as a whole, so that it can be written to. */
+static int co_fn complete_last_cluster(struct qcow2 *q, const struct request *by,
+                                       struct error **err)
+{
+    uint64_t size = node_size(edge_node(q->file));
+    struct request grow = request_for(by, REQUEST_RESIZE, align_up(size, qcow2_cluster_size(q)), 0);
+    int r;
+
+    grow.flags = REQUEST_GROW;
+    r = q->alloc.grows ? edge_co_request(q->file, &grow) : 0;
+    return r < 0 ? error_set(err, -r, "node '%s': cannot make its file larger: %s",
+                             node_name(q->node), strerror(-r))
+                 : 0;
+}
+
+static int want_backing(struct qcow2 *q, const struct qcow2_options *opt,
+                        const struct qcow2_header *header, struct error **err)
+{
+    if (opt->backing || !header->backing_file)
+        return 0;
+    if (!header->backing_format)
+        return error_set(err, EINVAL,
+                         "node '%s': the image names backing file '%s' without its format, which "
+                         "is never guessed: give `backing`, or set the format with qemu-img "
+                         "rebase -u -F",
+                         node_name(q->node), header->backing_file);
+    node_want_backing(q->node, header->backing_file, header->backing_format);
+    return 0;
+}
+
+static void init_empty(struct qcow2 *q, struct node *node)
+{
+    q->node = node;
+    q->file = node_file(node);
+    q->writable = !node_settings(node)->read_only;
+    overlap_init(&q->ranges);
+    co_mutex_init(&q->alloc.lock);
+    co_mutex_init(&q->flush.lock);
+    list_init(&q->alloc.blocks);
+    list_init(&q->alloc.reuse);
+    list_init(&q->alloc.freed);
+    list_init(&q->alloc.graced);
+}
+
+static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
+{
+    q->version = header->version;
+    q->cluster_bits = header->cluster_bits;
+    q->l2_bits = header->cluster_bits - 3;
+    q->slice_bits = q->l2_bits;
+    while (qcow2_slice_bytes(q) > QCOW2_SLICE_BYTES_MAX)
+        q->slice_bits--;
+    q->refcount_order = header->refcount_order;
+    q->names_backing = header->backing_file;
+    node_set_size(q->node, header->size);
+    node_set_preferred_alignment(q->node, node_preferred_alignment(edge_node(q->file)));
+}
+
+static int co_fn open_tables(struct qcow2 *q, const struct request *by,
+                             const struct qcow2_header *header, const struct qcow2_options *opt,
+                             struct error **err)
+{
+    int r = qcow2_map_init(q, by, header->l1_size, header->l1_offset, opt->l2_cache_size, err);
+
+    if (r < 0 || !q->writable)
+        return r;
+    r = qcow2_alloc_init(q, by, header->refcount_table_offset, header->refcount_table_clusters,
+                         err);
+    if (r == 0)
+        r = clear_autoclear(q, by, header, err);
+    return r < 0 ? r : complete_last_cluster(q, by, err);
+}
+
+static void release(struct qcow2 *q)
+{
+    qcow2_map_release(q);
+    qcow2_alloc_release(q);
+}
+
+static int co_fn control_fn qcow2_co_open(struct node *node, const void *options,
+                                          struct error **err)
+{
+    const struct qcow2_options *opt = options;
+    struct qcow2 *q = node_state(node);
+    struct qcow2_header header = {0};
+    struct pass pass = {0};
+    struct request by = {.pass = &pass};
+    int r;
+
+    init_empty(q, node);
+    r = read_header(q, &by, &header, err);
+    if (r == 0)
+        r = qcow2_header_check_supported(&header, !q->writable, node_name(node), err);
+    if (r == 0)
+        r = want_backing(q, opt, &header, err);
+    if (r == 0) {
+        set_geometry(q, &header);
+        r = open_tables(q, &by, &header, opt, err);
+    }
+    qcow2_header_release(&header);
+    if (r < 0)
+        release(q);
+    return r;
+}
+
+static void co_fn control_fn qcow2_co_close(struct node *node)
+{
+    struct qcow2 *q = node_state(node);
+    struct pass pass = {0};
+    struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
+    int r = 0;
+
+    if (q->writable) {
+        r = qcow2_co_flush(node, &by);
+        if (r == 0)
+            r = qcow2_alloc_settle_all(q, &by);
+    }
+    if (r < 0)
+        log_warning("node '%s': cannot write all of the image's metadata: %s; as after a crash, "
+                    "what was not flushed may be lost and space may leak",
+                    node_name(node), strerror(-r));
+    release(q);
+}
+
+static unsigned qcow2_unresolved(const struct node *node)
+{
+    const struct qcow2 *q = node_state(node);
+
+    return q->writable && node_has_unresolved(edge_node(q->file));
+}
+
+static const char *qcow2_filename(const struct node *node)
+{
+    const struct qcow2 *q = node_state(node);
+
+    return node_filename(edge_node(q->file));
+}
+
+static uint64_t qcow2_allocated_bytes(const struct node *node)
+{
+    const struct qcow2 *q = node_state(node);
+    uint64_t bytes = 0;
+
+    (void)node_allocated_bytes(edge_node(q->file), &bytes);
+    return bytes;
+}
+
+const struct driver qcow2_driver = {
+    .name = "qcow2",
+    .kind = DRIVER_FORMAT,
+    .state_size = sizeof(struct qcow2),
+    .options = &qcow2_options_type,
+    .zeroes_fast = true,
+    .keeps_metadata = true,
+    .co_open = qcow2_co_open,
+    .co_close = qcow2_co_close,
+    .co_map = qcow2_co_map,
+    .co_write = qcow2_co_write,
+    .co_write_zeroes = qcow2_co_write_zeroes,
+    .co_discard = qcow2_co_discard,
+    .co_flush = qcow2_co_flush,
+    .co_resize = qcow2_co_resize,
+    .unresolved = qcow2_unresolved,
+    .filename = qcow2_filename,
+    .allocated_bytes = qcow2_allocated_bytes,
+};

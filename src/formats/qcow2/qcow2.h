@@ -1,0 +1,268 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The qcow2 driver, for src/formats/qcow2 alone. docs/formats/qcow2.md says in which order things reach the disk, and why.
+ *
+ *   qcow2.c        opening and closing
+ *   qcow2-map.c    where guest clusters lie: L1, cached slices of L2 tables, co_map
+ *   qcow2-write.c  requests that change data: in place, copy-on-write, zeroes, discard
+ *   qcow2-alloc.c  host clusters: refcounts, the pool that writers take from, what is freed
+ *   qcow2-flush.c  how changed mappings reach the disk
+ *   qcow2-resize.c the virtual size
+ *
+ * Lock order: a range of `ranges`, map.create, map.load, alloc.lock, flush.lock, then `lock`, which is never held across a wait.
+ */
+#ifndef CAIRN_FORMATS_QCOW2_H
+#define CAIRN_FORMATS_QCOW2_H
+
+#include "base/context.h"
+#include "base/list.h"
+#include "formats/qcow2/qcow2-format.h"
+#include "graph/driver.h"
+#include "graph/epoch.h"
+#include "graph/overlap.h"
+#include "loop/lock.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What is cached of an L2 table: all of it, or so many bytes. */
+#define QCOW2_SLICE_BYTES_MAX (64 * KIB)
+/* The unit in which changed mappings are written; a slice of fewer bytes is one unit. */
+#define QCOW2_CHUNK_BYTES 4096
+
+#define QCOW2_LOAD_LOCKS 16
+
+/* A part of an L2 table, in memory. */
+struct qcow2_slice {
+    uint64_t index; /* constant: guest offset >> (cluster bits + slice bits) */
+    bool used;      /* atomic, a hint: since the last look of the one who evicts */
+
+    /* Protected by qcow2.lock. */
+    unsigned pins;      /* who will change entries, or writes them to the disk */
+    uint32_t dirty;     /* chunks that differ from the disk */
+    bool ordered;       /* some of that points to data that must be durable first */
+    struct list link;   /* in map.clean, map.dirty or map.limbo */
+    uint64_t ticket;    /* in limbo: freed when this grace has passed */
+    uint64_t entries[]; /* atomic, changed under qcow2.lock; in the host's byte order */
+};
+
+struct qcow2_map {
+    /* Constant while requests run. */
+    uint64_t *l1; /* atomic entries, changed under qcow2.lock; in the host's byte order */
+    uint32_t l1_size;
+    uint64_t l1_offset;
+    struct qcow2_slice *
+        *slices; /* atomic; set and cleared under qcow2.lock; readers are inside the node's epoch */
+    uint64_t slice_count;
+    uint64_t cache_max; /* bytes of slices */
+
+    struct co_mutex load[QCOW2_LOAD_LOCKS]; /* one loader per slice, by index */
+    struct co_mutex create;                 /* one maker of L2 tables */
+
+    /* Protected by qcow2.lock. */
+    struct list clean; /* struct qcow2_slice: the next one to look at for eviction is first */
+    struct list dirty;
+    struct list limbo; /* evicted; readers may still look at them */
+    uint64_t cached;   /* bytes, without limbo */
+    unsigned dirty_count;
+    uint64_t *l1_dirty; /* a bit for each QCOW2_L1_UNIT of the table */
+    bool l1_any;
+    bool l1_ordered;
+};
+
+/* L1 entries are written so many bytes at a time. */
+#define QCOW2_L1_UNIT 512
+
+/* Clusters of the image file that follow each other. */
+struct qcow2_run {
+    struct list link;
+    uint64_t first; /* number of a host cluster */
+    uint64_t count;
+    uint64_t ticket; /* of those that wait for their readers (Q1) */
+};
+
+struct qcow2_refblock {
+    struct list link; /* in alloc.blocks, the one that was not used for longest first */
+    uint64_t index;   /* in the refcount table */
+    uint8_t bytes[];  /* a cluster, as on disk */
+};
+
+struct qcow2_alloc {
+    struct co_mutex lock;
+    /* Protected by the lock above. */
+    uint64_t *table; /* the refcount table: host offsets */
+    uint32_t table_size;
+    uint64_t table_offset;
+    struct list blocks; /* struct qcow2_refblock, cached */
+    unsigned block_count;
+    uint64_t end;   /* clusters from this one on were never used */
+    uint64_t scan;  /* those before this one are not free, or known */
+    uint64_t batch; /* how many clusters are made ready next time */
+    bool grows;     /* the file does, with zeroes */
+
+    /* Protected by qcow2.lock: the pool. All of it has refcount 1 on disk, but for clusters found free, see qcow2-alloc.c. */
+    uint64_t fresh;     /* never used, durably counted, reads as zeroes: from here... */
+    uint64_t fresh_end; /* ...to here */
+    struct list reuse;  /* struct qcow2_run: whatever is in them */
+    uint64_t reuse_count;
+    struct list freed;  /* struct qcow2_run: in no mapping; the disk may still say so */
+    struct list graced; /* neither on disk; readers may still use them */
+};
+
+struct qcow2_flush {
+    struct co_mutex lock; /* one cycle at a time */
+    uint64_t done;        /* Protected by the lock above: the last that succeeded */
+
+    /* Protected by qcow2.lock. */
+    uint64_t begun; /* cycles so far */
+    bool busy;      /* one has taken its picture, which is not durable yet */
+};
+
+struct qcow2 {
+    /* Set in open, then constant. */
+    struct node *node;
+    struct edge *file;
+    unsigned version;
+    unsigned cluster_bits;
+    unsigned l2_bits;    /* of the number of entries of an L2 table */
+    unsigned slice_bits; /* of the number of entries of a slice */
+    unsigned refcount_order;
+    bool names_backing; /* the image does, whatever was opened as one */
+    bool writable;
+
+    bool zeroed_in_place; /* atomic: clusters read as zeroes that writers may still be writing to */
+    bool broken_told;     /* atomic: the log has a line about damage */
+
+    struct overlap ranges; /* guest ranges whose mappings change (Q2) */
+    struct tiny_lock lock;
+    struct qcow2_map map;
+    struct qcow2_alloc alloc;
+    struct qcow2_flush flush;
+};
+
+static inline uint64_t qcow2_cluster_size(const struct qcow2 *q)
+{
+    return (uint64_t)1 << q->cluster_bits;
+}
+
+/* ---- qcow2.c: metadata in the file, in the name of a request; all through pool memory, so that waiters may leave (G8) ---- */
+
+int co_fn qcow2_read_meta(struct qcow2 *q, const struct request *by, uint64_t offset,
+                          struct iobuf *b, size_t at, size_t len);
+int co_fn qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset,
+                           struct iobuf *b, size_t at, size_t len);
+int co_fn qcow2_sync(struct qcow2 *q, const struct request *by);
+/* -EIO, and one line in the log for each node. */
+int qcow2_damaged(struct qcow2 *q, const char *fmt, ...) PRINTF_LIKE(2, 3);
+/* Does a table or cluster that something points to lie in the file, at a cluster's boundary? */
+bool qcow2_is_cluster(const struct qcow2 *q, uint64_t host_offset);
+
+/* ---- qcow2-map.c ---- */
+
+int co_fn qcow2_map_init(struct qcow2 *q, const struct request *by, uint32_t l1_size,
+                         uint64_t l1_offset, uint64_t cache_max, struct error **err);
+void qcow2_map_release(struct qcow2 *q);
+int co_fn qcow2_co_map(struct node *node, const struct request *req, uint64_t offset, uint64_t len,
+                       struct mapping *ret);
+
+/*
+ * What co_map says. For writing: only what may be written to in place is data. Inside the node's epoch.
+ */
+int co_fn qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, uint64_t len,
+                        bool for_writing, struct mapping *ret);
+/* The first guest cluster in [first, end) that has an L2 table; `end` if there is none. */
+uint64_t qcow2_next_mapped(const struct qcow2 *q, uint64_t first, uint64_t end);
+
+enum qcow2_entry_kind { QCOW2_ENTRY_BELOW, QCOW2_ENTRY_ZERO, QCOW2_ENTRY_DATA };
+
+/*
+ * What an L2 entry says. `ret_host`: the cluster, 0 if there is none (of data there is). -EIO for one that is damaged, -ENOTSUP
+ * for a compressed one.
+ */
+int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret,
+                     uint64_t *ret_host);
+
+/*
+ * The slice that a guest cluster is in, pinned, so that it stays. *ret is NULL if there is no L2 table; with `create` one is made
+ * then. The caller holds the range.
+ */
+int co_fn qcow2_slice_pin(struct qcow2 *q, const struct request *by, uint64_t guest_cluster,
+                          bool create, struct qcow2_slice **ret);
+void qcow2_slice_unpin(struct qcow2 *q, struct qcow2_slice *s);
+
+static inline uint64_t qcow2_slice_entries(const struct qcow2 *q)
+{
+    return (uint64_t)1 << q->slice_bits;
+}
+
+/* Of a pinned slice, by guest cluster. */
+uint64_t qcow2_entry(const struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster);
+/* Under qcow2.lock. `ordered`: what it points to must be durable before it is. */
+void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t guest_cluster,
+                            uint64_t entry, bool ordered);
+/* Where a slice lies in the file; 0 if there is no L2 table. */
+uint64_t qcow2_slice_offset(const struct qcow2 *q, uint64_t slice_index);
+size_t qcow2_slice_bytes(const struct qcow2 *q);
+
+/* ---- qcow2-alloc.c ---- */
+
+int co_fn qcow2_alloc_init(struct qcow2 *q, const struct request *by, uint64_t table_offset,
+                           uint32_t table_clusters, struct error **err);
+/* For closing: what was made ready and not used is given back on disk. */
+int co_fn qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by);
+void qcow2_alloc_release(struct qcow2 *q);
+
+/* Clusters that follow each other, with refcount 1. */
+struct qcow2_extent {
+    uint64_t host_offset;
+    uint64_t count;
+    bool fresh; /* reads as zeroes, and the refcounts are durable */
+};
+
+/* At least one cluster, at most `want`. -ENOSPC, -EFBIG, ... */
+int co_fn qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t want,
+                          struct qcow2_extent *ret);
+/* All of them, in a row. */
+int co_fn qcow2_alloc_get_row(struct qcow2 *q, const struct request *by, uint64_t count,
+                              struct qcow2_extent *ret);
+/* Back to the pool: what nothing ever pointed to. */
+void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count);
+/* Under qcow2.lock: what mappings in memory do not point to any more. */
+void qcow2_free_locked(struct qcow2 *q, struct qcow2_run *run);
+/* Takes up what can be taken up of that. */
+int co_fn qcow2_alloc_settle(struct qcow2 *q, const struct request *by);
+/* How often a cluster is used, as the disk says. */
+int co_fn qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                         uint64_t *ret);
+
+/* ---- qcow2-flush.c ---- */
+
+/* The guest's flush: all that was written and mapped before it is durable. */
+int co_fn qcow2_co_flush(struct node *node, struct request *req);
+/* The same for a writer that finds much to be written; his own answer does not depend on it. */
+void co_fn qcow2_flush_if_full(struct qcow2 *q, const struct request *by);
+
+/* ---- qcow2-write.c ---- */
+
+int co_fn qcow2_co_write(struct node *node, struct request *req);
+int co_fn qcow2_co_write_zeroes(struct node *node, struct request *req);
+int co_fn qcow2_co_discard(struct node *node, struct request *req);
+
+enum qcow2_clearing {
+    QCOW2_DISCARD,    /* space is given back */
+    QCOW2_ZERO,       /* reads as zeroes; space is kept */
+    QCOW2_ZERO_UNMAP, /* reads as zeroes; space is given back */
+};
+
+/* Whole guest clusters. Not for version 2 what that cannot say. */
+int co_fn qcow2_clear(struct qcow2 *q, const struct request *req, uint64_t first, uint64_t end,
+                      enum qcow2_clearing how);
+/* Zeroes into a part of one cluster: written, unless they are there already. */
+int co_fn qcow2_zero_part(struct qcow2 *q, const struct request *req, uint64_t offset,
+                          uint64_t len);
+
+/* ---- qcow2-resize.c ---- */
+
+int co_fn qcow2_co_resize(struct node *node, struct request *req);
+
+#endif
