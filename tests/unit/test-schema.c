@@ -248,7 +248,7 @@ static void test_schema__refuses_by_name_what_is_not_supported(void **state)
     assert_refused("blockdev-add", "{'driver': 'raw', 'file': 'f', 'filename': 'a'}",
                    "arguments.filename: unknown member (driver is 'raw')");
     assert_refused("blockdev-add", "{'driver': 'bochs', 'file': 'f'}",
-                   "arguments.driver: 'bochs' is not one of: file, host_device, null-co, raw");
+                   "arguments.driver: 'bochs' is not one of: file, host_device, null-co, qcow2, raw");
     assert_refused("blockdev-add", "{'driver': 'raw', 'file': {'driver': 'file', 'filename': ''}}",
                    "arguments.file.filename: '' has 0 bytes, less than 1");
     assert_refused(

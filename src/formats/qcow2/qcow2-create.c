@@ -436,7 +436,7 @@ static int co_fn qcow2_co_fill_file(struct file *f, const struct qcow2_layout *l
 int co_fn qcow2_co_create(const char *path, const struct qcow2_create_options *options,
                           struct error **err)
 {
-    struct qcow2_layout layout;
+    struct qcow2_layout layout = {0};
     struct file *f;
     int r = qcow2_layout_make(options, &layout, err);
 

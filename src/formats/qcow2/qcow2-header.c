@@ -290,8 +290,8 @@ static int qcow2_header_parse_extensions(struct qcow2_header *h, const struct qc
         return error_set(err, ENOMEM, "no memory for %u header extensions", count);
     memcpy(h->bytes, src->bytes, h->bytes_len);
     offset = h->header_length;
-    while (h->extension_count < count) {
-        (void)qcow2_extension_next(h, src, &offset, &extension, err); /* succeeded before */
+    while (h->extension_count < count &&
+           qcow2_extension_next(h, src, &offset, &extension, err) > 0) {
         extension.data = h->bytes + (extension.data - src->bytes);
         h->extensions[h->extension_count++] = extension;
     }

@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "formats/qcow2/qcow2-format.h"
 
+#include <assert.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -116,6 +117,7 @@ static inline uint64_t qcow2_l1_entries_needed(uint64_t size, unsigned cluster_b
     /* Each L1 entry covers a cluster full of L2 entries, each of which covers a cluster. */
     unsigned covered_bits = 2 * cluster_bits - (extended_l2 ? 4 : 3);
 
+    assert(cluster_bits >= QCOW2_CLUSTER_BITS_MIN && cluster_bits <= QCOW2_CLUSTER_BITS_MAX);
     return (size >> covered_bits) + ((size & (((uint64_t)1 << covered_bits) - 1)) != 0);
 }
 

@@ -2,12 +2,15 @@
 /*
  * The qcow2 driver, for src/formats/qcow2 alone. docs/formats/qcow2.md says in which order things reach the disk, and why.
  *
- *   qcow2.c        opening and closing
- *   qcow2-map.c    where guest clusters lie: L1, cached slices of L2 tables, co_map
- *   qcow2-write.c  requests that change data: in place, copy-on-write, zeroes, discard
- *   qcow2-alloc.c  host clusters: refcounts, the pool that writers take from, what is freed
- *   qcow2-flush.c  how changed mappings reach the disk
- *   qcow2-resize.c the virtual size
+ *   qcow2.c           opening and closing
+ *   qcow2-map.c       where guest clusters lie: L1, cached slices of L2 tables, co_map
+ *   qcow2-write.c     requests that change data: in place, copy-on-write, zeroes, discard
+ *   qcow2-alloc.c     host clusters: the pool that writers take from, what is freed
+ *   qcow2-grow.c      how the file grows
+ *   qcow2-refcount.c  refcounts on disk
+ *   qcow2-flush.c     how changed mappings reach the disk
+ *   qcow2-resize.c    the virtual size
+ *   qcow2-header.c, qcow2-create.c, qcow2-format.h   the header, empty images, what is on disk
  *
  * Lock order: a range of `ranges`, map.create, map.load, alloc.lock, flush.lock, then `lock`, which is never held across a wait.
  */
@@ -100,7 +103,7 @@ struct qcow2_alloc {
     uint64_t batch; /* how many clusters are made ready next time */
     bool grows;     /* the file does, with zeroes */
 
-    /* Protected by qcow2.lock: the pool. All of it has refcount 1 on disk, but for clusters found free, see qcow2-alloc.c. */
+    /* Protected by qcow2.lock: the pool (ALLOC-1, ALLOC-2). */
     uint64_t fresh;     /* never used, durably counted, reads as zeroes: from here... */
     uint64_t fresh_end; /* ...to here */
     struct list reuse;  /* struct qcow2_run: whatever is in them */
@@ -204,13 +207,33 @@ void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t gue
 uint64_t qcow2_slice_offset(const struct qcow2 *q, uint64_t slice_index);
 size_t qcow2_slice_bytes(const struct qcow2 *q);
 
-/* ---- qcow2-alloc.c ---- */
+/* ---- qcow2-refcount.c, all under alloc.lock ---- */
 
-int co_fn qcow2_alloc_init(struct qcow2 *q, const struct request *by, uint64_t table_offset,
-                           uint32_t table_clusters, struct error **err);
-/* For closing: what was made ready and not used is given back on disk. */
-int co_fn qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by);
-void qcow2_alloc_release(struct qcow2 *q);
+static inline uint64_t qcow2_block_entries(const struct qcow2 *q)
+{
+    return (qcow2_cluster_size(q) * 8) >> q->refcount_order;
+}
+
+/* Entry i of a block. */
+uint64_t qcow2_count_get(const struct qcow2 *q, const uint8_t *bytes, uint64_t i);
+void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, unsigned value);
+/* An empty one; NULL without memory. */
+struct qcow2_refblock *qcow2_block_new(struct qcow2 *q, uint64_t index);
+/* From now on it is the cache's. */
+void qcow2_block_cache(struct qcow2 *q, struct qcow2_refblock *block);
+/* One that the table points to. It stays until the next call. */
+int co_fn qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
+                          struct qcow2_refblock **ret);
+/* Writes the part of a block, which lies at `offset`, that these entries are in. */
+int co_fn qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t offset,
+                            const struct qcow2_refblock *block, uint64_t first, uint64_t count);
+/* The counts of clusters that have blocks, from `was` to `becomes`; what is otherwise is left, and told. */
+int co_fn qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
+                        unsigned was, unsigned becomes);
+int co_fn qcow2_read_refcount_table(struct qcow2 *q, const struct request *by);
+/* How often a cluster is used, as the disk says. Takes alloc.lock. */
+int co_fn qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                         uint64_t *ret);
 
 /* Clusters that follow each other, with refcount 1. */
 struct qcow2_extent {
@@ -218,6 +241,22 @@ struct qcow2_extent {
     uint64_t count;
     bool fresh; /* reads as zeroes, and the refcounts are durable */
 };
+
+/* ---- qcow2-grow.c ---- */
+
+/*
+ * Makes `wanted` clusters at the end of the file ready, or fewer, but not less than `least`. Under alloc.lock.
+ */
+int co_fn qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint64_t least,
+                     struct qcow2_extent *ret);
+
+/* ---- qcow2-alloc.c ---- */
+
+int co_fn qcow2_alloc_init(struct qcow2 *q, const struct request *by, uint64_t table_offset,
+                           uint32_t table_clusters, struct error **err);
+/* For closing: what was made ready and not used is given back on disk. */
+int co_fn qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by);
+void qcow2_alloc_release(struct qcow2 *q);
 
 /* At least one cluster, at most `want`. -ENOSPC, -EFBIG, ... */
 int co_fn qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t want,
@@ -231,9 +270,6 @@ void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count);
 void qcow2_free_locked(struct qcow2 *q, struct qcow2_run *run);
 /* Takes up what can be taken up of that. */
 int co_fn qcow2_alloc_settle(struct qcow2 *q, const struct request *by);
-/* How often a cluster is used, as the disk says. */
-int co_fn qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset,
-                         uint64_t *ret);
 
 /* ---- qcow2-flush.c ---- */
 

@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Refcounts as they are on disk: the table, its blocks, and a small cache of them. All under alloc.lock. */
+#include "base/alloc.h"
+#include "base/checked.h"
+#include "base/endian.h"
+#include "base/macros.h"
+#include "formats/qcow2/qcow2.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Refcount blocks that are cached. */
+#define BLOCKS_MAX 16
+/* Refcounts are written in units of this. */
+#define COUNT_UNIT 512
+
+/* Less than a byte: the lowest bits are the first. */
+uint64_t qcow2_count_get(const struct qcow2 *q, const uint8_t *bytes, uint64_t i)
+{
+    unsigned bits = 1u << q->refcount_order;
+
+    switch (q->refcount_order) {
+    case 3:
+        return bytes[i];
+    case 4:
+        return load_be16(bytes + i * 2);
+    case 5:
+        return load_be32(bytes + i * 4);
+    case 6:
+        return load_be64(bytes + i * 8);
+    default:
+        return (bytes[i * bits / 8] >> (i * bits % 8)) & ((1u << bits) - 1);
+    }
+}
+
+void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, unsigned value)
+{
+    unsigned bits = 1u << q->refcount_order;
+    uint8_t *at = bytes + i * bits / 8;
+
+    switch (q->refcount_order) {
+    case 3:
+        *at = (uint8_t)value;
+        break;
+    case 4:
+        store_be16(at, (uint16_t)value);
+        break;
+    case 5:
+        store_be32(at, value);
+        break;
+    case 6:
+        store_be64(at, value);
+        break;
+    default:
+        *at =
+            (uint8_t)((*at & ~(((1u << bits) - 1) << (i * bits % 8))) | (value << (i * bits % 8)));
+    }
+}
+
+struct qcow2_refblock *qcow2_block_new(struct qcow2 *q, uint64_t index)
+{
+    struct qcow2_refblock *block = try_alloc(1, sizeof(*block) + (size_t)qcow2_cluster_size(q));
+
+    if (block) {
+        block->index = index;
+        list_init(&block->link);
+    }
+    return block;
+}
+
+void qcow2_block_cache(struct qcow2 *q, struct qcow2_refblock *block)
+{
+    list_append(&q->alloc.blocks, &block->link);
+    if (q->alloc.block_count++ < BLOCKS_MAX)
+        return;
+    block = list_entry(q->alloc.blocks.next, struct qcow2_refblock, link);
+    list_remove(&block->link);
+    free(block);
+    q->alloc.block_count--;
+}
+
+/* It stays until the next call. */
+int qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
+                    struct qcow2_refblock **ret)
+{
+    size_t bytes = (size_t)qcow2_cluster_size(q);
+    uint64_t offset = q->alloc.table[index];
+    struct qcow2_refblock *block;
+    struct iobuf *b;
+    int r;
+
+    list_for_each (&q->alloc.blocks, block, link) {
+        if (block->index == index) {
+            list_remove(&block->link);
+            list_append(&q->alloc.blocks, &block->link);
+            *ret = block;
+            return 0;
+        }
+    }
+    if (!qcow2_is_cluster(q, offset))
+        return qcow2_damaged(q,
+                             "entry %" PRIu64 " of the refcount table points to %" PRIu64
+                             ", where no refcount block can be",
+                             index, offset);
+    b = iobuf_new(bytes);
+    block = qcow2_block_new(q, index);
+    r = b && block ? qcow2_read_meta(q, by, offset, b, 0, bytes) : -ENOMEM;
+    if (r == 0) {
+        memcpy(block->bytes, b->data, bytes);
+        qcow2_block_cache(q, block);
+        *ret = take(&block);
+    }
+    free(block);
+    iobuf_unref(b);
+    return r;
+}
+
+/* Writes the part of a block that these entries are in. */
+int qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t offset,
+                      const struct qcow2_refblock *block, uint64_t first, uint64_t count)
+{
+    unsigned bits = 1u << q->refcount_order;
+    uint64_t from = align_down(first * bits / 8, COUNT_UNIT);
+    uint64_t to = align_up(((first + count) * bits + 7) / 8, COUNT_UNIT);
+    struct iobuf *b = iobuf_new((size_t)(to - from));
+    int r;
+
+    if (!b)
+        return -ENOMEM;
+    memcpy(b->data, block->bytes + from, (size_t)(to - from));
+    r = qcow2_write_meta(q, by, offset + from, b, 0, (size_t)(to - from));
+    iobuf_unref(b);
+    return r;
+}
+
+/* The counts of clusters that have a block each, from `was` to `becomes`; what is otherwise is left, and told. */
+int qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
+                  unsigned was, unsigned becomes)
+{
+    uint64_t entries = qcow2_block_entries(q);
+    int r = 0;
+
+    while (count && r == 0) {
+        uint64_t index = first / entries;
+        uint64_t in_block = first % entries;
+        uint64_t n = MIN(count, entries - in_block);
+        struct qcow2_refblock *block;
+        bool other = false;
+
+        if (index >= q->alloc.table_size || !q->alloc.table[index])
+            return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", first);
+        r = qcow2_block_get(q, by, index, &block);
+        for (uint64_t i = in_block; r == 0 && i < in_block + n; i++) {
+            if (qcow2_count_get(q, block->bytes, i) == was)
+                qcow2_count_set(q, block->bytes, i, becomes);
+            else
+                other = true;
+        }
+        if (r == 0)
+            r = qcow2_block_write(q, by, q->alloc.table[index], block, in_block, n);
+        if (other)
+            (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is not %u", first, was);
+        first += n;
+        count -= n;
+    }
+    return r;
+}
+
+int qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset, uint64_t *ret)
+{
+    uint64_t cluster = host_offset >> q->cluster_bits;
+    uint64_t index = cluster / qcow2_block_entries(q);
+    struct qcow2_refblock *block;
+    int r = co_mutex_lock_until(&q->alloc.lock, LOOP_FOREVER);
+
+    if (r < 0)
+        return r;
+    *ret = 0;
+    if (index < q->alloc.table_size && q->alloc.table[index]) {
+        r = qcow2_block_get(q, by, index, &block);
+        if (r == 0)
+            *ret = qcow2_count_get(q, block->bytes, cluster % qcow2_block_entries(q));
+    }
+    co_mutex_unlock(&q->alloc.lock);
+    return r;
+}
+
+int qcow2_read_refcount_table(struct qcow2 *q, const struct request *by)
+{
+    struct qcow2_alloc *a = &q->alloc;
+    size_t bytes = (size_t)a->table_size * QCOW2_ENTRY_LEN;
+    struct iobuf *b = iobuf_new(bytes);
+    int r = b ? qcow2_read_meta(q, by, a->table_offset, b, 0, bytes) : -ENOMEM;
+
+    for (uint32_t i = 0; r == 0 && i < a->table_size; i++) {
+        uint64_t entry = load_be64(b->data + (size_t)i * QCOW2_ENTRY_LEN);
+
+        if (entry & QCOW2_REFCOUNT_TABLE_RESERVED_MASK || (entry && !qcow2_is_cluster(q, entry)))
+            r = qcow2_damaged(q, "entry %" PRIu32 " of the refcount table is %#" PRIx64, i, entry);
+        a->table[i] = entry;
+    }
+    iobuf_unref(b);
+    return r;
+}
