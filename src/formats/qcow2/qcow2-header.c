@@ -268,7 +268,7 @@ static int qcow2_extensions_check_unique(const struct qcow2_header *h, struct er
 static int qcow2_header_parse_extensions(struct qcow2_header *h, const struct qcow2_source *src,
                                          struct error **err)
 {
-    struct qcow2_extension extension;
+    struct qcow2_extension extension = {0};
     uint64_t offset = h->header_length;
     unsigned count = 0;
     int r;
