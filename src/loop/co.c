@@ -303,8 +303,8 @@ int co_wait(struct co_wait *w, uint64_t deadline_ns)
     }
     co->wait = w;
     co_suspend(co);
-    assert(w->ended);
-    return w->result;
+    assert(!co->wait);
+    return co->wait_result; /* `w` may be gone: of an operation left behind, which has ended since (G8) */
 }
 
 void co_wait_end(struct co_wait *w, int result)
@@ -318,6 +318,7 @@ void co_wait_end(struct co_wait *w, int result)
         loop_timer_disarm(&w->timer);
     if (co->wait == w) {
         co->wait = NULL;
+        co->wait_result = result;
         co_make_ready(co);
     }
 }

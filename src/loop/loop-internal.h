@@ -218,6 +218,7 @@ struct co {
     struct list ready_link;
     struct list all_link;
     struct co_wait *wait; /* what it is suspended in */
+    int wait_result;      /* of the last one that ended */
     unsigned shield;
     bool interrupted;
     bool ready;
