@@ -353,12 +353,27 @@ static int check_new(struct dirty_bitmap_action *a, const struct node *node, str
     return 0;
 }
 
+/* What a format keeps its metadata in grows under load, and is no disk of anybody's. */
+static int check_is_disk(const struct node *node, struct error **err)
+{
+    const struct node *user = node_metadata_user(node);
+
+    if (user)
+        return error_set(err, EBUSY,
+                         "node '%s' is the file of node '%s': put the bitmap on that one",
+                         node_name(node), node_name(user));
+    return 0;
+}
+
 static int control_fn add_prepare(struct change_action *action, struct error **err)
 {
     struct dirty_bitmap_action *a = action_of(action);
     struct dirty_bitmap *d;
     struct node *node;
     int r = graph_need(graph_of(a), a->ref.node, &node, err);
+
+    if (r == 0)
+        r = check_is_disk(node, err);
 
     if (r == 0)
         r = check_new(a, node, err);

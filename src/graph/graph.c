@@ -263,6 +263,17 @@ static int co_fn control_fn settle_access(struct node *node, struct error **err)
     return 0;
 }
 
+/* Nor does anybody follow what changes in it: it grows under load. */
+static int check_untracked(const struct node *node, struct error **err)
+{
+    for (const struct node *n = node->file->node; n; n = n->file ? n->file->node : NULL) {
+        if (n->trackers)
+            return error_set(err, EBUSY, "node '%s': its file '%s' has dirty bitmaps: remove them",
+                             node->name, n->name);
+    }
+    return 0;
+}
+
 /* A format with metadata of its own has the file for itself before it looks at it. */
 static int co_fn control_fn open_driver(struct node *node, const void *options, struct error **err)
 {
@@ -272,7 +283,9 @@ static int co_fn control_fn open_driver(struct node *node, const void *options, 
     if (driver->keeps_metadata) {
         node->settings.read_only |=
             node->settings.auto_read_only && node->file->node->settings.read_only;
-        r = settle_access(node, err);
+        r = check_untracked(node, err);
+        if (r == 0)
+            r = settle_access(node, err);
     }
     if (r == 0) {
         r = driver->co_open(node, options, err);
@@ -340,8 +353,7 @@ static int co_fn control_fn open_reference(struct node *node, const char *path, 
         r = node_co_open_one(node->graph, &options, &settings, node->reserved_by, ret, err);
     schema_free(&node_options_type, &options);
     json_decref(tree);
-    return r < 0 ? error_wrap(err, r, "node '%s': backing file '%s'", node->name,
-                              node->wanted_file)
+    return r < 0 ? error_wrap(err, r, "node '%s': backing file '%s'", node->name, node->wanted_file)
                  : 0;
 }
 

@@ -94,6 +94,21 @@ bool node_grows(const struct node *node)
     return node->driver->kind == DRIVER_FILTER && node->file && node_grows(node->file->node);
 }
 
+const struct node *node_metadata_user(const struct node *node)
+{
+    const struct edge *e;
+
+    list_for_each (&node->parents, e, child_link) {
+        const struct node *user = e->parent && e == e->parent->file ? e->parent : NULL;
+
+        if (user && !user->driver->keeps_metadata)
+            user = node_metadata_user(user);
+        if (user)
+            return user;
+    }
+    return NULL;
+}
+
 bool node_has_unresolved(const struct node *node)
 {
     while (node && !node_unresolved(node))

@@ -61,6 +61,11 @@ const char *edge_name(const struct edge *edge);
 
 /* Does REQUEST_GROW work here, and does what is new read as zeroes? */
 bool node_grows(const struct node *node);
+/*
+ * The format that keeps its metadata in this node, and lets it grow under load, also through raw and filters; NULL if there is
+ * none. Nodes with trackers do not grow so: bitmaps belong on the format. Control thread.
+ */
+const struct node *node_metadata_user(const struct node *node);
 /* Has the host not ended operations, of it or of its file, that their requests have left (G9)? Any loop. */
 bool node_has_unresolved(const struct node *node);
 

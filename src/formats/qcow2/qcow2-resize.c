@@ -177,10 +177,9 @@ static int co_fn shrink_disk(struct qcow2 *q, const struct request *req, uint64_
     if (r < 0)
         return r;
     node_set_size(q->node, size);
-    if (q->version >= 3 || !node_backing(q->node)) /* else they stay, as leaks out of sight */
-        (void)qcow2_clear(q, req, align_up(size, unit) >> q->cluster_bits,
-                          align_up(old, unit) >> q->cluster_bits, QCOW2_DISCARD);
-    return 0;
+    (void)qcow2_clear(q, req, align_up(size, unit) >> q->cluster_bits,
+                      align_up(old, unit) >> q->cluster_bits, QCOW2_DISCARD);
+    return 0; /* what could not be given back stays, out of sight */
 }
 
 int qcow2_co_resize(struct node *node, struct request *req)

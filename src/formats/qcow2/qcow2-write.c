@@ -297,7 +297,8 @@ static uint64_t cleared_entry(const struct qcow2 *q, uint64_t entry, enum qcow2_
         return entry | QCOW2_L2_ZERO;
     if (!host && (kind == QCOW2_ENTRY_ZERO || how == QCOW2_DISCARD || zero_is_none))
         return entry;
-    return zero_is_none ? 0 : QCOW2_L2_ZERO;
+    /* Version 2 comes here where nothing lies below. */
+    return zero_is_none || q->version < 3 ? 0 : QCOW2_L2_ZERO;
 }
 
 /* Version 2 has no zero clusters: what can be done without them? */
