@@ -59,20 +59,34 @@ static bool allocated(const struct node *node, uint64_t *ret_bytes)
     return false;
 }
 
+static void describe_backing(const struct node *node, struct block_device_info *ret)
+{
+    const struct edge *backing = node_backing(node);
+
+    ret->backing_file = backing ? file_text(edge_node(backing)) : NULL;
+    for (; backing; backing = node_backing(edge_node(backing)))
+        ret->backing_file_depth++;
+}
+
 static void describe(const struct node *node, struct block_device_info *ret)
 {
     const struct node_settings *settings = node_settings(node);
+    const struct driver *driver = node_driver(node);
 
     ret->file = file_text(node);
     ret->node_name = xstrdup(node_name(node));
     ret->ro = settings->read_only;
-    ret->drv = xstrdup(node_driver(node)->name);
+    ret->drv = xstrdup(driver->name);
+    describe_backing(node, ret);
     ret->detect_zeroes = DETECT_ZEROES_MODE_OFF;
     ret->image.filename = xstrdup(ret->file);
     ret->image.format = xstrdup(ret->drv);
     ret->image.virtual_size = node_size(node);
     ret->image.has_dirty_flag = true; /* and false: no driver keeps one */
     ret->image.has_actual_size = allocated(node, &ret->image.actual_size);
+    ret->image.has_cluster_size = driver->cluster_bytes;
+    if (driver->cluster_bytes)
+        ret->image.cluster_size = driver->cluster_bytes(node);
     ret->cache.writeback = true;
     ret->cache.direct = settings->direct;
     ret->cache.no_flush = settings->no_flush;
@@ -99,7 +113,7 @@ int qmp_query_named_block_nodes(struct qmp_session *session,
     struct graph *graph = control_of(session)->graph;
     size_t count = 0;
 
-    (void)args; /* flat: there are no backing images to be left out */
+    (void)args; /* flat: backing images are listed as nodes only */
     graph_for_each_node(graph, count_node, &count);
     ret->items = try_new_n(struct block_device_info, MAX(count, (size_t)1));
     if (!ret->items)

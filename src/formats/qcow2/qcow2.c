@@ -279,6 +279,11 @@ static uint64_t qcow2_allocated_bytes(const struct node *node)
     return bytes;
 }
 
+static uint64_t qcow2_cluster_bytes(const struct node *node)
+{
+    return qcow2_cluster_size(node_state(node));
+}
+
 const struct driver qcow2_driver = {
     .name = "qcow2",
     .kind = DRIVER_FORMAT,
@@ -297,4 +302,5 @@ const struct driver qcow2_driver = {
     .unresolved = qcow2_unresolved,
     .filename = qcow2_filename,
     .allocated_bytes = qcow2_allocated_bytes,
+    .cluster_bytes = qcow2_cluster_bytes,
 };
