@@ -39,7 +39,7 @@ struct dirty_bitmap_ref {
 
 /*
  * Storage for one action: of who carries the change out, until change_end(), as are the strings. Each function below adds
- * the action to a change, and the nodes to what the change reserves: -E2BIG. All else is checked in the prepare step.
+ * the action to a change, and the nodes to what the change reserves: -ENOMEM. All else is checked in the prepare step.
  */
 struct dirty_bitmap_action {
     struct change_action action;

@@ -38,4 +38,7 @@ void access_commit(struct access_walk *walk);
 void co_fn control_fn access_co_finish(struct access_walk *walk);
 void co_fn control_fn access_co_abort(struct access_walk *walk);
 
+/* Tells the driver of a node that is reserved what its users hold now, if it does not know; or sees to it that it is told late. */
+void co_fn control_fn access_co_settle(struct node *node);
+
 #endif

@@ -7,16 +7,13 @@
 #include "base/alloc.h"
 #include "base/macros.h"
 #include "graph/access-internal.h"
-#include "graph/change.h"
 #include "graph/graph-internal.h"
+#include "graph/late.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* How often it is looked whether the host has ended what was left to it. */
-#define LOOK_NS (20 * NS_PER_MS)
 
 const char *access_text(unsigned bits, char *buf)
 {
@@ -292,8 +289,6 @@ int access_co_prepare(struct access_walk *walk, struct error **err)
     return 0;
 }
 
-static void co_fn control_fn tell_late_main(void *arg);
-
 static void co_fn control_fn tell_current_main(void *arg)
 {
     struct node *node = arg;
@@ -323,14 +318,8 @@ static bool is_told(const struct node *node)
 
 static void control_fn leave_for_later(struct node *node)
 {
-    struct graph *g = node->graph;
-
     node->told_late = true;
-    if (g->telling_late)
-        return;
-    g->telling_late = true;
-    if (co_scope_start(&g->closers, tell_late_main, g) < 0)
-        g->telling_late = false; /* the next change of its access does it */
+    late_watch(node->graph);
 }
 
 /*
@@ -352,6 +341,11 @@ static uint64_t settle_deadline(const struct graph *g)
     return loop_clock() + g->change_deadline_ns / 4;
 }
 
+void access_co_settle(struct node *node)
+{
+    settle(node, settle_deadline(node->graph));
+}
+
 /* The first `count` nodes of a walk, the last one first. One host may be behind many of them: one deadline for all. */
 static void co_fn control_fn settle_all(const struct access_walk *walk, unsigned count)
 {
@@ -359,53 +353,6 @@ static void co_fn control_fn settle_all(const struct access_walk *walk, unsigned
 
     while (count)
         settle(walk->nodes[--count], deadline_ns);
-}
-
-/* A node whose writes have ended at last, and that no change is busy with; `ret_more`: there are others to come. */
-static struct node *find_late(struct graph *g, bool *ret_more)
-{
-    struct node *node;
-
-    *ret_more = false;
-    list_for_each (&g->nodes, node, link) {
-        if (node->told_late && node->refs && !node->reserved_by && !node_unresolved(node))
-            return node;
-        *ret_more |= node->told_late;
-    }
-    return NULL;
-}
-
-static void co_fn control_fn tell_late(struct graph *g, const char *node_name)
-{
-    AUTO(error_free) struct error *ignored = NULL;
-    char name[NODE_NAME_MAX + 1]; /* the node may go while the change waits for it */
-    struct change change;
-    struct node *node;
-
-    (void)snprintf(name, sizeof(name), "%s", node_name);
-    change_init(&change, g, "unlocking of node '%s'", name);
-    if (change_add_root(&change, name, &ignored) == 0 && change_co_reserve(&change, &ignored) == 0)
-        settle(graph_find(g, name), settle_deadline(g));
-    else if ((node = graph_find(g, name)))
-        node->told_late = true; /* once more */
-    change_end(&change);
-}
-
-static void co_fn control_fn tell_late_main(void *arg)
-{
-    struct graph *g = arg;
-    bool more = true;
-
-    while (more && co_sleep_until(loop_clock() + LOOK_NS) == 0) {
-        struct node *node = find_late(g, &more);
-
-        if (node) {
-            node->told_late = false;
-            tell_late(g, node->name);
-            more = true;
-        }
-    }
-    g->telling_late = false;
 }
 
 void access_commit(struct access_walk *walk)

@@ -5,6 +5,7 @@
 #include "base/macros.h"
 #include "graph/backend-internal.h"
 #include "graph/graph-internal.h"
+#include "graph/unended.h"
 #include "loop/scope.h"
 
 #include <assert.h>
@@ -316,8 +317,10 @@ static int co_fn control_fn run_behind_gates(struct change *c, struct error **er
 
     close_gates(c);
     r = drain_gates(c, err);
-    if (r == 0)
-        r = drain_insider(c, err);
+    if (r < 0)
+        return r;
+    unended_tell_before(c);
+    r = drain_insider(c, err);
     if (r < 0)
         return r;
     list_for_each (&c->backends, b, change_link)
@@ -355,6 +358,7 @@ int change_co_run(struct change *c, struct error **err)
         if (r == 0 && a->ops->commit)
             a->ops->commit(a);
     }
+    unended_tell_after(c); /* what was cleared is set again */
     open_gates(c);
     co_shield_begin(); /* what is left to do is done, whoever cancels the change */
     if (r == 0)

@@ -8,6 +8,7 @@
 #include "base/macros.h"
 #include "graph/change.h"
 #include "graph/graph-internal.h"
+#include "graph/late.h"
 #include "graph/tracker.h"
 
 #include <assert.h>
@@ -174,6 +175,7 @@ bool graph_abandon_orphans(struct graph *g)
 
     co_scope_cancel(&g->closers);
     co_scope_join(&g->closers);
+    late_co_end(g);
     list_for_each (&g->orphans, node, link) {
         const char *file = node_filename(node);
 

@@ -236,6 +236,7 @@ int gate_enter(struct gate_slot *slot, struct pass *pass)
     pass->number = slot->next_number++;
     pass->co = co_self();
     pass->top = NULL;
+    pass->left = 0;
     pass->reached_count = 0;
     if (unlikely(slot->closed))
         return wait_for_opening(slot, pass);

@@ -53,6 +53,7 @@ struct pass {
     enum request_kind kind;
     uint64_t offset;
     uint64_t len;
+    unsigned left; /* changes that were left to the host (UNENDED-1) */
     unsigned reached_count;
 
     struct {

@@ -23,7 +23,9 @@ struct graph {
     unsigned next_auto_name;
     uint64_t change_deadline_ns;
     uint64_t walks;    /* begun so far */
-    bool telling_late; /* a coroutine sees to nodes that are told_late */
+    bool watching;     /* late.c */
+    uint32_t wake_out; /* atomic: `wake` is under way */
+    struct loop_message wake;
 };
 
 /*

@@ -374,6 +374,7 @@ static bool was_left(const struct node *node, int r)
 /* G9: not into what an earlier one may still change, if the host has that in its hands. */
 static int co_fn node_co_change(struct node *node, struct request *req)
 {
+    unsigned left = req->pass->left;
     int r = 0;
 
     if (unlikely(unended_any(&node->unended)))
@@ -381,7 +382,9 @@ static int co_fn node_co_change(struct node *node, struct request *req)
     if (r == 0)
         r = change_tracked(node, req);
     if (unlikely(r < 0) && was_left(node, r))
-        unended_add(&node->unended, align_down(req->offset, node->align),
+        req->pass->left++;
+    if (unlikely(req->pass->left != left)) /* here or below: UNENDED-1 */
+        unended_add(node, req, align_down(req->offset, node->align),
                     align_up(req->offset + req->len, node->align));
     return r;
 }
@@ -389,6 +392,7 @@ static int co_fn node_co_change(struct node *node, struct request *req)
 /* The filter's size is its child's. */
 static int co_fn node_co_resize(struct node *node, struct request *req)
 {
+    unsigned left = req->pass->left;
     int r;
 
     if (req->flags & REQUEST_GROW && req->offset <= node_size(node))
@@ -398,7 +402,9 @@ static int co_fn node_co_resize(struct node *node, struct request *req)
     if (r == 0 && !node->driver->co_resize)
         node_set_size(node, node_size(node->file->node));
     if (unlikely(r < 0) && was_left(node, r))
-        unended_add(&node->unended, req->offset, UINT64_MAX); /* it may still become shorter */
+        req->pass->left++;
+    if (unlikely(req->pass->left != left))
+        unended_add(node, req, req->offset, UINT64_MAX); /* it may still become shorter */
     return r;
 }
 

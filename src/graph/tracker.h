@@ -3,7 +3,9 @@
  * Trackers: who wants to know what changes on a node's disk. Bitmaps are trackers.
  *
  * C2: changed() is called before a change (write, write-zeroes, discard; not write-unchanged) is submitted and again before it
- * completes, also when it failed: whoever clears a bit between the two sees it set again.
+ * completes, also when it failed: whoever clears a bit between the two sees it set again. For a change that was left to the
+ * host it is called once more when that has ended, and until then after each change of the graph that may have cleared bits
+ * (UNENDED-3).
  *
  * A node's trackers come and go behind closed gates: in the commit of a change's action, or while the node has no users.
  */
