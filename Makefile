@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # Short names for the scripts; the build itself is meson's (meson setup build && ninja -C build).
 
-.PHONY: check bench mutants format long
+.PHONY: check demo bench mutants format long
 
 check:
 	./check
+
+demo:
+	./demo
 
 mutants:
 	tests/mutants/run.py

@@ -391,12 +391,32 @@ static uint64_t rest_differs(const uint8_t *a, const uint8_t *b, size_t len, uin
     return NONE;
 }
 
+/* Where the next data of a file begins, at or after `at`; `end` if there are none. */
+static uint64_t next_data(int fd, uint64_t at, uint64_t end)
+{
+    off_t found = lseek(fd, (off_t)at, SEEK_DATA);
+
+    if (found < 0)
+        return errno == ENXIO ? end : at; /* a file system without holes: all is data */
+    return (uint64_t)found / PROOF_BLOCK_BYTES * PROOF_BLOCK_BYTES;
+}
+
+/* The same of both files: what is a hole in both is equal. */
+static uint64_t rest_next(const struct check *c, int rest, uint64_t at)
+{
+    uint64_t a = next_data(c->image, at, c->image_bytes);
+    uint64_t b = next_data(rest, at, c->image_bytes);
+
+    return a < b ? a : b;
+}
+
 static enum verdict rest_compare(const struct check *c, int rest, const uint8_t *listed)
 {
     static uint8_t a[READ_BYTES];
     static uint8_t b[READ_BYTES];
 
-    for (uint64_t at = 0; at < c->image_bytes; at += READ_BYTES) {
+    for (uint64_t at = rest_next(c, rest, 0); at < c->image_bytes;
+         at = rest_next(c, rest, at + READ_BYTES)) {
         uint64_t left = c->image_bytes - at;
         size_t len = left < READ_BYTES ? (size_t)left : READ_BYTES;
         uint64_t place;

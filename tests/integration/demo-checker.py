@@ -11,9 +11,10 @@ import time
 import zlib
 
 import pytest
-from nbd_support import Daemon
+from nbd_support import Daemon, Qmp, QmpError
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../demo"))
+import relay  # noqa: E402
 import spoil  # noqa: E402
 
 CHECKER = os.path.join(os.environ["CAIRN_BUILD"], "tests/demo/demo-checker")
@@ -273,10 +274,33 @@ def test_rest_of_the_disk(busy):
     busy.rest[50 * BLOCK + 4095] ^= 1
     status, says = busy.check(1000, 2000, *original)
     assert status == 1 and "the rest differs: block 50 of the disk" in says
+    (busy.where / "original").write_bytes(busy.rest)
+    status, says = busy.check(1000, 2000, *original)
+    assert status == 0, says
     busy.rest += b"x"
     busy.size += 1
     status, says = busy.check(1000, 2000, *original)
     assert status == 1 and "the rest differs: the image has 262145 bytes" in says
+
+
+def test_rest_with_holes(busy):
+    """Between them, data that only one of the two has are found, wherever they are."""
+    busy.rest = bytearray(4 << 20)
+    busy.size = 1024
+    for at, whose in ((0, "image"), (100, "original"), (700, "image"), (1023, "image"), (1023, "original")):
+        busy.files()
+        (busy.where / "image").unlink()
+        for name in ("image", "original"):
+            with open(busy.where / name, "wb") as f:
+                f.truncate(4 << 20)
+                for block, place in enumerate(PLACES if name == "image" else []):
+                    f.seek(place * BLOCK)
+                    f.write(busy.content[block])
+                if name == whose:
+                    f.seek(at * BLOCK + 77)
+                    f.write(b"x")
+        status, says = check(busy.where, 1000, 2000, "--rest", busy.where / "original")
+        assert status == 1 and f"block {at} of the disk" in says, (at, whose, says)
 
 
 # Cannot be decided.
@@ -522,3 +546,44 @@ def test_writer_refuses(tmp_path):
                  *more], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
             assert ended.returncode in (1, 2) and text in ended.stderr, (name, more, ended.stderr)
             (tmp_path / "log").unlink(missing_ok=True)
+
+
+# The relay, which measures the window.
+
+
+def test_scanner_of_messages_in_pieces():
+    text = '{"execute": "a", "x": "\u00e9}{"}\r\n {"b": [1]}{"c": 2}'.encode()
+    for size in (1, 2, 3, len(text)):
+        scanner = relay.Scanner()
+        got = [m for at in range(0, len(text), size) for m in scanner.feed(text[at:at + size])]
+        assert got == [{"execute": "a", "x": "\u00e9}{"}, {"b": [1]}, {"c": 2}], size
+
+
+def test_relay_sees_backup_commands(tmp_path):
+    for name in ("d", "t"):
+        with open(tmp_path / name, "wb") as f:
+            f.truncate(1 << 20)
+    with Daemon() as daemon:
+        daemon.add("d", tmp_path / "d")
+        daemon.qmp("blockdev-add", driver="file", node_name="t", filename=str(tmp_path / "t"))
+        between = relay.Relay(os.path.join(daemon.dir, "relay"), daemon.qmp_path)
+        backup = {"device": "d", "target": "t", "sync": "full"}
+        q, other = Qmp(os.path.join(daemon.dir, "relay")), Qmp(os.path.join(daemon.dir, "relay"))
+        q("query-jobs")
+        other("query-named-block-nodes")
+        assert between.windows == []
+        with pytest.raises(QmpError):
+            q("blockdev-backup", job_id="a", **{**backup, "target": "none"})
+        assert between.windows == []
+        for i in range(2):
+            begin = relay.now_ns()
+            if i:
+                other("transaction", actions=[{"type": "blockdev-backup", "data": {**backup, "job-id": "c"}}])
+            else:
+                q("blockdev-backup", job_id="b", **backup)
+            end = relay.now_ns()
+            assert len(between.windows) == i + 1
+            assert begin < between.windows[i][0] < between.windows[i][1] < end
+            (other if i else q).wait_event("BLOCK_JOB_COMPLETED")
+        q.close()
+        other.close()
