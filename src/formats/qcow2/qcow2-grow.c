@@ -17,7 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* New clusters at the end of the file: those that are wanted, then blocks that their refcounts need, then a table for these. */
+/*
+ * New clusters at the end of the file: blocks that their refcounts need, a table for these, then those that are wanted: last, so
+ * that what is left of them can be given back.
+ */
 struct growth {
     uint64_t first;
     uint64_t wanted;
@@ -110,7 +113,7 @@ static int fit(struct qcow2 *q, struct growth *g, uint64_t least)
 
 static uint64_t new_block_offset(const struct qcow2 *q, const struct growth *g, uint64_t number)
 {
-    return (g->first + g->wanted + number) << q->cluster_bits;
+    return (g->first + number) << q->cluster_bits;
 }
 
 /* Counts the clusters [first, end) in a block. */
@@ -189,7 +192,7 @@ static int co_fn point_header_to(struct qcow2 *q, const struct request *by, uint
 static int co_fn change_table(struct qcow2 *q, const struct request *by, const struct growth *g,
                               uint64_t *table)
 {
-    uint64_t offset = (g->first + g->wanted + g->blocks) << q->cluster_bits;
+    uint64_t offset = (g->first + g->blocks) << q->cluster_bits;
     uint64_t old = q->alloc.table_offset;
     uint64_t old_clusters = (uint64_t)q->alloc.table_size * QCOW2_ENTRY_LEN >> q->cluster_bits;
     int r = point_header_to(q, by, offset, g->table_clusters);
@@ -254,8 +257,7 @@ static int co_fn write_new(struct qcow2 *q, const struct request *by, struct gro
         r = write_counts(q, by, g);
     if (r == 0 && table) {
         enter_blocks(q, g, table, true);
-        r = write_table(q, by, table, (g->first + g->wanted + g->blocks) << q->cluster_bits, 0,
-                        g->table_size);
+        r = write_table(q, by, table, (g->first + g->blocks) << q->cluster_bits, 0, g->table_size);
     }
     return r < 0 ? r : qcow2_sync(q, by);
 }
@@ -315,7 +317,8 @@ int qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint6
         else
             free(block);
     }
-    *ret = (struct qcow2_extent){
-        .host_offset = g.first << q->cluster_bits, .count = g.wanted, .fresh = q->alloc.grows};
+    ret->host_offset = (g.first + g.blocks + g.table_clusters) << q->cluster_bits;
+    ret->count = g.wanted;
+    ret->fresh = q->alloc.grows;
     return r;
 }
