@@ -77,6 +77,8 @@ static int layer_co_open(struct node *node, const void *options, struct error **
     const struct raw_options *opt = options;
     const struct edge *file = node_file(node);
 
+    if (opt) /* made by the graph: it has its file for itself before it looks at it */
+        assert_int_equal(file->access.wants, ACCESS_READ | ACCESS_WRITE | ACCESS_RESIZE);
     if (opt && opt->offset)
         return error_set(err, EINVAL, "node '%s': no such header", node_name(node));
     node_set_size(node, node_size(edge_node(file)));
