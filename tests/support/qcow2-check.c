@@ -103,7 +103,8 @@ static int file_entry(const struct qcow2_file *f, uint64_t offset, uint64_t *ret
 
 /* ---- findings ---- */
 
-static void say(struct qcow2_verdict *v, const char *fmt, va_list args)
+static void __attribute__((format(printf, 2, 0)))
+say(struct qcow2_verdict *v, const char *fmt, va_list args)
 {
     size_t used = strlen(v->text);
 
