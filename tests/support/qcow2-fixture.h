@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * For tests of the qcow2 driver: images that no code of the driver has made, on the simulated disk or on a real one, chains of
+ * nodes over them, and the judge's word on what became of them.
+ */
+#ifndef CAIRN_TESTS_QCOW2_FIXTURE_H
+#define CAIRN_TESTS_QCOW2_FIXTURE_H
+
+#include "base/prng.h"
+#include "check.h"
+#include "graph-fixture.h"
+#include "loop/sim/sim.h"
+#include "qcow2-check.h"
+#include "qcow2-make.h"
+#include "raw-options.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <unistd.h>
+
+/* ---- images ---- */
+
+/* Small clusters are likely: tables grow there. */
+static inline void qcow2_shape_random(struct qcow2_shape *s, struct prng *prng, uint64_t size)
+{
+    static const unsigned bits[] = {9, 9, 9, 10, 11, 12, 14, 16};
+
+    *s = (struct qcow2_shape){
+        .version = prng_chance(prng, 300) ? 2 : 3,
+        .cluster_bits = bits[prng_below(prng, ARRAY_SIZE(bits))],
+        .refcount_order = 4,
+        .size = size,
+    };
+    if (s->version == 3 && prng_chance(prng, 600))
+        s->refcount_order = (unsigned)prng_below(prng, 7);
+}
+
+/* ---- where they lie ---- */
+
+/* `disk` NULL: on a real file system. */
+static inline void image_put(struct sim_disk *disk, const char *path, const void *bytes, size_t len)
+{
+    int fd;
+
+    if (disk) {
+        struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR};
+
+        sim_disk_make(disk, path, &setup);
+        sim_disk_write(disk, path, 0, bytes, len);
+        return;
+    }
+    fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    check(fd >= 0 && pwrite(fd, bytes, len, 0) == (ssize_t)len && close(fd) == 0);
+}
+
+static inline void image_make(struct sim_disk *disk, const char *path, const struct qcow2_shape *s)
+{
+    size_t len;
+    uint8_t *bytes = qcow2_make(s, &len);
+
+    image_put(disk, path, bytes, len);
+    free(bytes);
+}
+
+/* All of a file; the caller's to free. */
+static inline uint8_t *image_load(struct sim_disk *disk, const char *path, size_t *ret_len)
+{
+    uint8_t *bytes;
+    int fd;
+
+    if (disk) {
+        int64_t size = sim_disk_size(disk, path);
+
+        check(size >= 0);
+        *ret_len = (size_t)size;
+        bytes = xalloc(1, *ret_len + 1);
+        check(sim_disk_read(disk, path, 0, bytes, *ret_len) >= 0);
+        return bytes;
+    }
+    fd = open(path, O_RDONLY);
+    check(fd >= 0);
+    *ret_len = (size_t)lseek(fd, 0, SEEK_END);
+    bytes = xalloc(1, *ret_len + 1);
+    check(pread(fd, bytes, *ret_len, 0) == (ssize_t)*ret_len && close(fd) == 0);
+    return bytes;
+}
+
+enum leaks { NO_LEAKS, LEAKS_ALLOWED };
+
+/* The image is sound; prints why not, and aborts. */
+static inline void image_judge(struct sim_disk *disk, const char *path, enum leaks leaks,
+                               struct qcow2_verdict *ret)
+{
+    size_t len;
+    uint8_t *bytes = image_load(disk, path, &len);
+    struct qcow2_file f = qcow2_file_in_memory(bytes, len);
+    int r = qcow2_check(&f, ret);
+
+    free(bytes);
+    if (r == 0 && ret->errors == 0 && (leaks == LEAKS_ALLOWED || ret->leaks == 0))
+        return;
+    fprintf(
+        stderr,
+        "'%s' (version %u, 2^%u, %u refcount bits) is not sound: %d, %u errors, %u leaks (%u beyond the end)\n%s",
+        path, ret->version, ret->cluster_bits, ret->refcount_bits, r, ret->errors, ret->leaks,
+        ret->leaks_beyond, ret->text);
+    abort();
+}
+
+/* What a guest reads of a chain of images, by the judge; `paths` from the top down. */
+static inline void image_read_guest(struct sim_disk *disk, const char *const *paths, unsigned count,
+                                    uint64_t offset, void *buf, size_t len)
+{
+    struct qcow2_layer layers[16];
+    uint8_t *bytes[16];
+
+    check(count <= ARRAY_SIZE(layers));
+    for (unsigned i = 0; i < count; i++) {
+        size_t size;
+
+        bytes[i] = image_load(disk, paths[i], &size);
+        layers[i] = (struct qcow2_layer){qcow2_file_in_memory(bytes[i], size), false};
+    }
+    check(qcow2_read_guest(layers, count, offset, buf, len) == 0);
+    for (unsigned i = 0; i < count; i++)
+        free(bytes[i]);
+}
+
+/* ---- nodes ---- */
+
+/* Adds a node or aborts: also for coroutines and children where a test cannot fail in order. */
+#define add_or_die(g, ...)                                                                         \
+    do {                                                                                           \
+        struct error *die_err = NULL;                                                              \
+                                                                                                   \
+        if (add_node((g), &die_err, __VA_ARGS__) < 0) {                                            \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, error_text(die_err));               \
+            abort();                                                                               \
+        }                                                                                          \
+    } while (0)
+
+/* A layer over `backing` (a node, or NULL for none), with discards passed on. */
+static inline void add_layer(struct graph *g, const char *name, const char *path,
+                             const char *backing, bool read_only)
+{
+    const char *quote = backing ? "'" : "";
+
+    add_or_die(g,
+               "{'driver':'qcow2','node-name':'%s','discard':'unmap','read-only':%s,"
+               "'file':{'driver':'file','filename':'%s'},'backing':%s%s%s}",
+               name, read_only ? "true" : "false", path, quote, backing ? backing : "null", quote);
+}
+
+/* A filter under the name of raw that counts what makes data durable, and can tell the test of it. */
+struct flush_watch {
+    unsigned flushes; /* flushes, and writes with FUA */
+    unsigned reads;
+    unsigned writes;
+    void (*around)(void *arg, bool after);
+    void *arg;
+};
+
+static struct flush_watch flush_watch;
+
+static int flush_filter_co_open(struct node *node, const void *options, struct error **err)
+{
+    (void)options;
+    (void)err;
+    node_set_size(node, node_size(edge_node(node_file(node))));
+    return 0;
+}
+
+static void flush_filter_co_close(struct node *node)
+{
+    (void)node;
+}
+
+static int flush_filter_co_request(struct node *node, struct request *req)
+{
+    bool is_flush = req->kind == REQUEST_FLUSH || (req->flags & REQUEST_FUA);
+    int r;
+
+    flush_watch.flushes += is_flush;
+    flush_watch.reads += req->kind == REQUEST_READ;
+    flush_watch.writes += req->kind == REQUEST_WRITE;
+    if (is_flush && flush_watch.around)
+        flush_watch.around(flush_watch.arg, false);
+    r = edge_co_request(node_file(node), req);
+    if (is_flush && flush_watch.around)
+        flush_watch.around(flush_watch.arg, true);
+    return r;
+}
+
+static const struct driver flush_filter_driver = {
+    .name = "raw",
+    .kind = DRIVER_FILTER,
+    .options = &raw_options_type,
+    .state_size = 8,
+    .fua = true,
+    .zeroes_fast = true,
+    .co_open = flush_filter_co_open,
+    .co_close = flush_filter_co_close,
+    .co_read = flush_filter_co_request,
+    .co_write = flush_filter_co_request,
+    .co_write_zeroes = flush_filter_co_request,
+    .co_discard = flush_filter_co_request,
+    .co_flush = flush_filter_co_request,
+};
+
+/* As add_layer(), with the filter between. */
+static inline void add_watched_layer(struct graph *g, const char *name, const char *path,
+                                     const char *backing)
+{
+    const char *quote = backing ? "'" : "";
+
+    add_or_die(g,
+               "{'driver':'qcow2','node-name':'%s','discard':'unmap',"
+               "'file':{'driver':'raw','file':{'driver':'file','filename':'%s'}},'backing':%s%s%s}",
+               name, path, quote, backing ? backing : "null", quote);
+}
+
+#endif
