@@ -1,0 +1,554 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Power cuts under qcow2 (P1, Q1, Q4): a run is killed at each boundary of each flush of the image file, and at random
+ * operations between, also while it opens and closes; what was not flushed is kept, dropped or torn, each write by itself.
+ * Then the image has leaks at most, opens, shows each sector as one of the values that it may have, and can be written on.
+ *
+ *     writers            some on loops of their own, over each other's sectors
+ *        |
+ *      qcow2  --backing--> qcow2
+ *        |                   |
+ *     watch                 file
+ *        |
+ *      file
+ */
+#include "formats/list.h"
+#include "protocols/list.h"
+#include "qcow2-fixture.h"
+#include "sector-log.h"
+#include "seeds.h"
+
+#include <sys/mman.h>
+#include <sys/wait.h>
+
+#define WRITERS_MAX 3
+#define BOUNDS_MAX  400
+#define RANDOM_CUTS 8
+#define TOP         "/disk/top"
+#define BASE        "/disk/base"
+#define BASE_VALUES ((uint64_t)1 << 40)
+
+static const struct driver *const test_drivers[] = {&flush_filter_driver, NULL};
+static const struct driver *const *const drivers[] = {test_drivers, protocol_drivers,
+                                                      format_drivers, NULL};
+
+/* A way to use an image. Constant for a seed. */
+struct plan {
+    uint64_t seed;
+    struct qcow2_shape shape;
+    struct qcow2_shape base;
+    bool has_base;
+    bool resizes;
+    unsigned writers;
+    unsigned ops;
+    unsigned bounds; /* that are tried, about; all of them when there are no more */
+    unsigned span;   /* sectors from here on only are written: where the unallocated ones begin */
+};
+
+/* One run of it. */
+struct run {
+    const struct plan *plan;
+    struct sim_disk *disk;
+    struct sector_log log;
+    struct graph *graph;
+    struct backend *backend;
+    struct loop_thread *threads[WRITERS_MAX];
+    uint64_t sectors;   /* of the disk at first */
+    uint64_t size_now;  /* as the last resize left it */
+    uint64_t sizes[16]; /* that a power cut may leave; the first is the one at first */
+    unsigned size_count;
+
+    /* Operations of the file after which the power may fail just before or just after a flush. */
+    uint64_t bounds[BOUNDS_MAX];
+    unsigned bound_count;
+};
+
+/* Counts over all seeds; shared with the children. */
+static struct counts {
+    uint64_t cuts;
+    uint64_t kills;
+    uint64_t boundaries;
+    uint64_t leaking;
+    uint64_t lost; /* sectors whose last value did not survive */
+} * counts;
+
+static int group_setup(void **state)
+{
+    (void)state;
+    counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return counts == MAP_FAILED ? -1 : 0;
+}
+
+/* ---- the run ---- */
+
+static void note_bound(void *arg, bool after)
+{
+    struct run *r = arg;
+
+    (void)after;
+    if (r->bound_count < BOUNDS_MAX)
+        r->bounds[r->bound_count++] = sim_disk_ops(r->disk) + 1;
+}
+
+struct writer {
+    struct run *run;
+    unsigned number;
+    struct prng prng;
+};
+
+static void write_sectors(struct writer *w, uint64_t first, uint64_t count, bool fua)
+{
+    struct run *r = w->run;
+    uint64_t value = log_new_value(&r->log);
+    uint8_t *data = xalloc(count, LOG_SECTOR);
+    uint32_t op;
+    int result;
+
+    for (uint64_t i = 0; i < count; i++)
+        log_fill(data + i * LOG_SECTOR, first + i, value);
+    op = log_begin(&r->log, first, count, value, false);
+    result = send_request(r->backend, REQUEST_WRITE, fua ? REQUEST_FUA : 0, first * LOG_SECTOR,
+                          count * LOG_SECTOR, data);
+    check(result == 0);
+    log_end(&r->log, op, fua, false);
+    free(data);
+}
+
+static void zero_sectors(struct writer *w, uint64_t first, uint64_t count, bool unmap)
+{
+    struct run *r = w->run;
+    uint32_t op = log_begin(&r->log, first, count, 0, false);
+
+    check(send_request(r->backend, REQUEST_WRITE_ZEROES, unmap ? REQUEST_MAY_UNMAP : 0,
+                       first * LOG_SECTOR, count * LOG_SECTOR, NULL) == 0);
+    log_end(&r->log, op, false, false);
+}
+
+static void discard_sectors(struct writer *w, uint64_t first, uint64_t count)
+{
+    struct run *r = w->run;
+    uint32_t op = log_begin(&r->log, first, count, 0, true);
+
+    check(send_request(r->backend, REQUEST_DISCARD, 0, first * LOG_SECTOR, count * LOG_SECTOR,
+                       NULL) == 0);
+    log_end(&r->log, op, false, false);
+}
+
+static void read_sectors(struct writer *w, uint64_t first, uint64_t count)
+{
+    struct run *r = w->run;
+    uint8_t *data = xalloc(count, LOG_SECTOR);
+    uint64_t start = log_tick(&r->log);
+
+    check(read_at(r->backend, first * LOG_SECTOR, count * LOG_SECTOR, data) == 0);
+    log_check_read(&r->log, first, count, data, start);
+    free(data);
+}
+
+static void flush_all(struct run *r)
+{
+    uint64_t start = log_tick(&r->log);
+
+    if (flush(r->backend) == 0)
+        log_flushed(&r->log, start);
+}
+
+/* Whole clusters, parts of one, or a bit of several; seldom many. */
+static void choose_sectors(struct writer *w, uint64_t *first, uint64_t *count)
+{
+    const struct plan *p = w->run->plan;
+    uint64_t sectors = w->run->size_now / LOG_SECTOR;
+    uint64_t per_cluster = ((uint64_t)1 << p->shape.cluster_bits) / LOG_SECTOR;
+    uint64_t from = p->span < sectors && !prng_chance(&w->prng, 200) ? p->span : 0;
+
+    *first = from + prng_below(&w->prng, sectors - from);
+    if (prng_chance(&w->prng, 400))
+        *first -= *first % per_cluster;
+    *count = prng_chance(&w->prng, 500) ? per_cluster : 1 + prng_below(&w->prng, 2 * per_cluster);
+    if (prng_chance(&w->prng, 80))
+        *count *= 8;
+    *count = MIN(*count, sectors - *first);
+    *count = MIN(*count, (uint64_t)512);
+}
+
+static void write_a_bit(void *arg)
+{
+    struct writer *w = arg;
+    struct run *r = w->run;
+
+    check(backend_attach(r->backend) == 0);
+    for (unsigned i = 0; i < r->plan->ops; i++) {
+        uint64_t first, count;
+
+        choose_sectors(w, &first, &count);
+        switch (prng_below(&w->prng, 20)) {
+        case 0:
+        case 1:
+            zero_sectors(w, first, count, false);
+            break;
+        case 2:
+            zero_sectors(w, first, count, true);
+            break;
+        case 3:
+        case 4:
+        case 5:
+            discard_sectors(w, first, count);
+            break;
+        case 6:
+        case 7:
+        case 8:
+            flush_all(r);
+            break;
+        case 9:
+            write_sectors(w, first, count, true);
+            break;
+        case 10:
+            read_sectors(w, first, count);
+            break;
+        default:
+            write_sectors(w, first, count, false);
+            break;
+        }
+    }
+}
+
+static void write_there(void *arg)
+{
+    struct writer *w = arg;
+
+    check(loop_co_call(loop_thread_loop(w->run->threads[w->number]), write_a_bit, w) == 0);
+}
+
+/* One change of the size between two rounds of writers: what is cut off, and what comes back, is zero. */
+static void resize(struct run *r, struct prng *prng)
+{
+    AUTO(error_free) struct error *err = NULL;
+    uint64_t most = r->sectors * LOG_SECTOR;
+    uint64_t size = (1 + prng_below(prng, r->sectors)) * LOG_SECTOR;
+    uint64_t first;
+    uint32_t op;
+    int result;
+
+    if (prng_chance(prng, 300))
+        size = most;
+    first = MIN(size, r->size_now) / LOG_SECTOR;
+    op = log_begin(&r->log, first, r->sectors - first, 0, false);
+    r->sizes[r->size_count++] = size;
+    result = graph_co_resize(r->graph, "top", size, &err);
+    if (result == -EOPNOTSUPP && r->plan->shape.version == 2 && r->plan->has_base) {
+        log_end(&r->log, op, false, true); /* version 2 cannot hide what lies below */
+        return;
+    }
+    if (result < 0) {
+        fprintf(stderr, "resize to %" PRIu64 ": %s\n", size, error_text(err));
+        abort();
+    }
+    log_end(&r->log, op, false, false);
+    r->size_now = size;
+}
+
+static void open_disk(struct run *r, bool watched)
+{
+    r->graph = graph_new(drivers);
+    if (r->plan->has_base)
+        add_layer(r->graph, "base", BASE, NULL, true);
+    if (watched)
+        add_watched_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL);
+    else
+        add_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL, false);
+    r->backend = must_attach(r->graph, "top", ACCESS_RW, "writer");
+}
+
+static void close_disk(struct run *r)
+{
+    r->backend = backend_co_free(r->backend);
+    r->graph = graph_co_free(r->graph);
+}
+
+static void round_of_writers(struct run *r, unsigned number)
+{
+    struct writer writers[WRITERS_MAX];
+    struct co_scope s;
+
+    co_scope_init(&s);
+    for (unsigned i = 0; i < r->plan->writers; i++) {
+        writers[i] = (struct writer){r, i, {r->plan->seed * 100 + number * 10 + i}};
+        check(co_scope_start(&s, write_there, &writers[i]) == 0);
+    }
+    co_scope_join(&s);
+}
+
+static void run_plan(void *arg)
+{
+    struct run *r = arg;
+    struct prng prng = {r->plan->seed + 77};
+    struct error *err = NULL;
+
+    flush_watch = (struct flush_watch){.around = note_bound, .arg = r};
+    for (unsigned i = 0; i < r->plan->writers; i++)
+        check(loop_thread_start(&r->threads[i], "io", &err) == 0);
+    open_disk(r, true);
+    for (unsigned i = 0; i < 2; i++) {
+        round_of_writers(r, i);
+        if (r->plan->resizes)
+            resize(r, &prng);
+    }
+    close_disk(r);
+    for (unsigned i = 0; i < r->plan->writers; i++)
+        loop_thread_stop(r->threads[i]);
+}
+
+/* ---- after the cut ---- */
+
+/* All that the disk shows, as one who opens it after the crash, reads it, and writes on. */
+static void look_and_write_on(void *arg)
+{
+    struct run *r = arg;
+    const char *const paths[] = {TOP, BASE};
+    struct error *err = NULL;
+    struct writer w = {r, 0, {r->plan->seed + 5}};
+    uint64_t size;
+    uint8_t *data, *judged;
+    bool known = false;
+
+    check(loop_thread_start(&r->threads[0], "io", &err) == 0);
+    judged = xalloc(r->sectors, LOG_SECTOR);
+    data = xalloc(r->sectors, LOG_SECTOR);
+    open_disk(r, false);
+    size = backend_size(r->backend);
+    for (unsigned i = 0; i < r->size_count; i++)
+        known |= r->sizes[i] == size;
+    check(known);
+    r->size_now = size;
+    image_read_guest(r->disk, paths, r->plan->has_base ? 2 : 1, 0, judged, size);
+    check(read_at(r->backend, 0, size, data) == 0);
+    check(memcmp(data, judged, size) == 0);
+    log_check_survivors(&r->log, 0, size / LOG_SECTOR, data);
+    for (uint64_t i = 0; i < size / LOG_SECTOR; i++) {
+        const struct log_sector *s = &r->log.sectors[i];
+        uint64_t value = log_value(data + i * LOG_SECTOR, i);
+
+        counts->lost += s->count && r->log.ops[s->ops[s->count - 1]].value != value;
+        /* From here on the log goes on with what there is. */
+        r->log.sectors[i].initial = value;
+        r->log.sectors[i].count = 0;
+        if (value == LOG_ALIEN) /* pieces of several that were written at once */
+            write_sectors(&w, i, 1, false);
+    }
+    check(loop_co_call(loop_thread_loop(r->threads[0]), write_a_bit, &w) == 0);
+    flush_all(r);
+    check(backend_attach(r->backend) == 0);
+    read_sectors(&w, 0, size / LOG_SECTOR);
+    close_disk(r);
+    loop_thread_stop(r->threads[0]);
+    free(judged);
+    free(data);
+}
+
+/* Content of the base: sectors with values that no writer has, and holes. */
+static void make_base(struct sim_disk *d, const struct plan *p, struct sector_log *log)
+{
+    uint64_t cluster = (uint64_t)1 << p->base.cluster_bits;
+    struct prng prng = {p->seed + 3};
+    size_t len;
+    uint8_t *bytes = qcow2_make(&p->base, &len);
+    uint64_t data = len / cluster - p->base.allocated;
+
+    for (uint64_t i = 0; i < p->base.allocated * (cluster / LOG_SECTOR); i++) {
+        uint64_t value = prng_chance(&prng, 800) ? BASE_VALUES + i : 0;
+
+        log_fill(bytes + data * cluster + i * LOG_SECTOR, i, value);
+        if (i < log->sector_count && i < p->base.size / LOG_SECTOR)
+            log->sectors[i].initial = value;
+    }
+    image_put(d, BASE, bytes, len);
+    free(bytes);
+}
+
+static void run_begin(struct run *r, const struct plan *p)
+{
+    *r = (struct run){.plan = p, .disk = sim_disk_new(), .sectors = p->shape.size / LOG_SECTOR};
+    r->size_now = p->shape.size;
+    r->sizes[r->size_count++] = r->size_now;
+    log_init(&r->log, r->sectors);
+    image_make(r->disk, TOP, &p->shape);
+    if (p->has_base)
+        make_base(r->disk, p, &r->log);
+}
+
+static void run_end(struct run *r)
+{
+    log_release(&r->log);
+    r->disk = sim_disk_free(r->disk);
+}
+
+static enum sim_end run_until(struct run *r, uint64_t kill_at_op)
+{
+    struct sim_options o;
+
+    sim_options_init(&o, r->plan->seed);
+    o.disk = r->disk;
+    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
+    o.may_end_early = true;
+    o.kill_at_op = kill_at_op;
+    return sim_run(&o, run_plan, r);
+}
+
+static void judge_crash(struct run *r, uint64_t cut_seed)
+{
+    struct qcow2_verdict v;
+    struct sim_options o;
+
+    if (cut_seed) {
+        sim_disk_power_cut(r->disk, cut_seed);
+        counts->cuts++;
+    } else {
+        /* The page cache lives, and what the process had not written yet is lost. */
+        counts->kills++;
+    }
+    image_judge(r->disk, TOP, LEAKS_ALLOWED, &v);
+    counts->leaking += v.leaks > 0;
+    sim_options_init(&o, r->plan->seed + 1);
+    o.disk = r->disk;
+    check(sim_run(&o, look_and_write_on, r) == SIM_RETURNED);
+    image_judge(r->disk, TOP, LEAKS_ALLOWED, &v);
+}
+
+static void crash_at(const struct plan *p, uint64_t op, uint64_t cut_seed)
+{
+    static struct run r;
+
+    if (getenv("CAIRN_CRASH_TRACE"))
+        fprintf(stderr, "# seed %" PRIu64 ": kill at operation %" PRIu64 ", cut %" PRIu64 "\n",
+                p->seed, op, cut_seed);
+    run_begin(&r, p);
+    if (run_until(&r, op) == SIM_KILLED)
+        judge_crash(&r, cut_seed);
+    run_end(&r);
+}
+
+static void crash_everywhere(const struct plan *p)
+{
+    static struct run whole;
+    struct prng prng = {p->seed + 9};
+    struct qcow2_verdict v;
+    uint64_t ops, bounds[BOUNDS_MAX];
+    unsigned bound_count;
+
+    run_begin(&whole, p);
+    check(run_until(&whole, 0) == SIM_RETURNED);
+    image_judge(whole.disk, TOP, NO_LEAKS, &v);
+    ops = sim_disk_ops(whole.disk);
+    bound_count = whole.bound_count;
+    memcpy(bounds, whole.bounds, sizeof(bounds));
+    run_end(&whole);
+    for (unsigned i = 0; i < bound_count; i++) {
+        if (bound_count > p->bounds && prng_below(&prng, bound_count) >= p->bounds)
+            continue;
+        crash_at(p, bounds[i], 1 + prng_next(&prng) % 1000000);
+        counts->boundaries++;
+    }
+    for (unsigned i = 0; i < RANDOM_CUTS; i++)
+        crash_at(p, 1 + prng_below(&prng, ops), i % 4 == 3 ? 0 : 1 + prng_next(&prng) % 1000000);
+}
+
+/*
+ * In a child: what killed runs had allocated stays until it ends. CAIRN_CRASH_NO_FORK=1 in the environment is for debuggers.
+ */
+static void in_child(void (*fn)(const struct plan *), const struct plan *p)
+{
+    pid_t child;
+    int status;
+
+    if (getenv("CAIRN_CRASH_NO_FORK")) {
+        fn(p);
+        return;
+    }
+    fflush(NULL);
+    child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        fn(p);
+        fflush(NULL);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+static void print_counts(void)
+{
+    printf("# %" PRIu64 " power cuts, %" PRIu64 " of them beside a flush, and %" PRIu64
+           " kills without one; %" PRIu64 " left leaks, %" PRIu64 " sectors lost a late value\n",
+           counts->cuts, counts->boundaries, counts->kills, counts->leaking, counts->lost);
+}
+
+static void plan_random(struct plan *p, uint64_t seed)
+{
+    struct prng prng = {seed};
+
+    *p = (struct plan){.seed = seed, .ops = 8, .bounds = 60};
+    qcow2_shape_random(&p->shape, &prng, 256 << 10);
+    p->shape.size = (uint64_t)(64 + prng_below(&prng, 192))
+                    << (p->shape.cluster_bits > 12 ? 12 : 10);
+    p->writers = 1 + (unsigned)prng_below(&prng, WRITERS_MAX);
+    if (prng_chance(&prng, 300))
+        p->shape.allocated = p->shape.size >> p->shape.cluster_bits >> 1;
+    p->has_base = prng_chance(&prng, 500);
+    if (p->has_base) {
+        qcow2_shape_random(&p->base, &prng, p->shape.size);
+        if (prng_chance(&prng, 300))
+            p->base.size = (1 + prng_below(&prng, p->shape.size / 512)) * 512;
+        p->base.allocated = p->base.size >> p->base.cluster_bits;
+        p->shape.backing = BASE;
+        p->shape.allocated = 0;
+    }
+}
+
+static void test_qcow2_crash__writes_zeroes_discards(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct plan p;
+
+        plan_random(&p, seed);
+        in_child(crash_everywhere, &p);
+    }
+    print_counts();
+    assert_true(!seeds_enough(50) || (counts->leaking > 0 && counts->lost > 0));
+}
+
+static void test_qcow2_crash__while_the_size_changes(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct plan p;
+
+        plan_random(&p, seed);
+        p.resizes = true;
+        p.ops = 5;
+        in_child(crash_everywhere, &p);
+    }
+    print_counts();
+}
+
+/* The file needs a larger refcount table after a few clusters: entries of 64 bits, blocks of 64 of them, 64 blocks. */
+static void test_qcow2_crash__while_the_refcount_table_grows(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct prng prng = {seed};
+        struct plan p = {
+            .seed = seed,
+            .ops = 14,
+            .bounds = 12,
+            .writers = 1 + (unsigned)prng_below(&prng, WRITERS_MAX),
+            .shape = {.version = 3, .cluster_bits = 9, .refcount_order = 6, .size = 4300 * 512},
+        };
+
+        p.shape.allocated = 3940 + prng_below(&prng, 40); /* the table covers 4096 clusters */
+        p.span = (unsigned)p.shape.allocated;
+        in_child(crash_everywhere, &p);
+    }
+    print_counts();
+}
