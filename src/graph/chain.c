@@ -2,15 +2,39 @@
 /*
  * Walking a backing chain (Q3). Each layer is asked inside its own epoch, which is left at once unless the data lies in that
  * layer's file; then it is left when the data has been read (Q2).
+ *
+ * CHAIN-1 The top is always asked. What lies deep below is found by a hint: the first layer that may hold a part of a region.
+ *         Those above it, but for the top, have said "below" for all of the region.
+ * CHAIN-2 A hint holds while the region's generation is the one that was read before the layers were asked. Whoever changes
+ *         what a layer says raises it after it is published; each change of the graph raises all.
+ * CHAIN-3 Hints belong to a loop, and so need no lock.
  */
 #include "graph/chain.h"
+#include "base/alloc.h"
+#include "base/checked.h"
 #include "base/macros.h"
+#include "graph/graph-internal.h"
 #include "graph/node-internal.h"
 
 #include <errno.h>
 
 /* A piece of a request that is longer than this many vectors is read in several. */
 #define PIECE_IOV 16
+
+/* Hints are for regions of so many bytes, and for what lies below so many layers; a loop has so many of them for each top. */
+#define REGION_BITS 16
+#define HINT_DEPTH  3
+#define HINTS       8192
+
+struct hint {
+    uint64_t region; /* and 1: all zero is none */
+    uint64_t generation;
+    struct edge *via;
+};
+
+struct chain_cache {
+    struct hint hints[HINTS];
+};
 
 enum found_kind {
     FOUND_DATA,  /* in the file of `layer` */
@@ -60,11 +84,15 @@ static int co_fn ask(struct found *f, const struct request *req, uint64_t offset
     return r;
 }
 
-/* From `layer` down; found_leave() gives back what it holds. */
-static int co_fn find(struct node *layer, struct edge *via, const struct request *req,
-                      uint64_t offset, uint64_t len, struct found *f)
+static void descend(struct found *f)
 {
-    *f = (struct found){.kind = FOUND_ZERO, .layer = layer, .via = via, .len = len};
+    f->via = f->layer->backing;
+    f->layer = f->via ? f->via->node : NULL;
+}
+
+/* From f->layer down; found_leave() gives back what it holds. */
+static int co_fn find_from(struct found *f, const struct request *req, uint64_t offset)
+{
     while (f->layer) {
         uint64_t size = node_size(f->layer);
         enum mapping_kind kind;
@@ -90,10 +118,148 @@ static int co_fn find(struct node *layer, struct edge *via, const struct request
         case MAPPING_BELOW:
             break;
         }
-        f->via = f->layer->backing;
-        f->layer = f->via ? f->via->node : NULL;
+        descend(f);
     }
     return 0;
+}
+
+/* ---- hints ---- */
+
+static uint64_t *generation_of(struct graph *g, uint64_t region)
+{
+    return &g->chain_generations[region % CHAIN_GENERATIONS];
+}
+
+void chain_changed(struct node *node, uint64_t offset, uint64_t len)
+{
+    uint64_t first = offset >> REGION_BITS;
+    uint64_t last = (offset + len - 1) >> REGION_BITS;
+
+    if (!atomic_get(&node->lies_below) || !len)
+        return;
+    if (last - first >= CHAIN_GENERATIONS)
+        last = first + CHAIN_GENERATIONS - 1; /* that is all of them */
+    for (uint64_t region = first; region <= last; region++)
+        (void)atomic_add(generation_of(node->graph, region), 1u);
+}
+
+void chain_all_changed(struct graph *g)
+{
+    for (size_t i = 0; i < CHAIN_GENERATIONS; i++)
+        (void)atomic_add(&g->chain_generations[i], 1u);
+}
+
+static bool is_deep(const struct node *top)
+{
+    for (unsigned i = 0; i < HINT_DEPTH; i++) {
+        if (!top->backing)
+            return false;
+        top = top->backing->node;
+    }
+    return true;
+}
+
+/* Does the layer say "below" for all of the region? */
+static int co_fn is_empty_there(struct node *layer, const struct request *req, uint64_t region)
+{
+    uint64_t start = region << REGION_BITS;
+    uint64_t size = node_size(layer);
+    struct found f = {.layer = layer, .len = (uint64_t)1 << REGION_BITS};
+    enum mapping_kind kind;
+    int r;
+
+    if (start >= size || !layer->driver->co_map)
+        return false;
+    f.len = MIN(f.len, size - start);
+    r = ask(&f, req, start, &kind);
+    found_leave(&f);
+    return r < 0 ? r : kind == MAPPING_BELOW && f.len == (uint64_t)1 << REGION_BITS;
+}
+
+/* The hint for a region, made if need be; *ret is the edge to the layer to begin with. */
+static int co_fn get_hint(struct node *top, struct epoch_slot *slot, const struct request *req,
+                          uint64_t region, struct edge **ret)
+{
+    uint64_t generation = atomic_get(generation_of(top->graph, region));
+    struct hint *h = &slot->chain->hints[region % HINTS];
+    struct edge *via = top->backing;
+    int r = 1;
+
+    if (h->region == (region << 1 | 1) && h->generation == generation) {
+        *ret = h->via;
+        return 0;
+    }
+    while (r == 1) {
+        r = is_empty_there(via->node, req, region);
+        if (r == 1 && !via->node->backing)
+            r = 0; /* the last one says so itself */
+        if (r == 1)
+            via = via->node->backing;
+    }
+    *ret = via;
+    if (r == 0)
+        *h = (struct hint){.region = region << 1 | 1, .generation = generation, .via = via};
+    return r;
+}
+
+/* From the layer below the top on: the first one that may have something there. */
+static int co_fn skip(struct node *top, struct found *f, const struct request *req, uint64_t offset)
+{
+    struct epoch_slot *slot = epoch_slot_here(&top->epoch);
+    uint64_t region = offset >> REGION_BITS;
+    struct edge *via;
+    int r;
+
+    if (!slot)
+        return -ENOMEM;
+    if (!slot->chain)
+        slot->chain = try_new(struct chain_cache);
+    if (!slot->chain)
+        return 0; /* the long way is right as well */
+    r = get_hint(top, slot, req, region, &via);
+    if (r < 0)
+        return r;
+    f->via = via;
+    f->layer = via->node;
+    f->len = MIN(f->len, ((region + 1) << REGION_BITS) - offset);
+    return 0;
+}
+
+/* Who answers for what a node shows at `offset`, for `len` bytes at most? */
+static int co_fn find(struct node *top, const struct request *req, uint64_t offset, uint64_t len,
+                      struct found *f)
+{
+    enum mapping_kind kind;
+    int r;
+
+    *f = (struct found){.kind = FOUND_ZERO, .layer = top, .len = len};
+    if (likely(!is_deep(top)))
+        return find_from(f, req, offset);
+    r = ask(f, req, offset, &kind);
+    if (r < 0)
+        return r;
+    f->kind = kind == MAPPING_DATA ? FOUND_DATA : FOUND_ZERO;
+    f->said = kind == MAPPING_ZERO;
+    if (kind != MAPPING_BELOW)
+        return 0;
+    r = skip(top, f, req, offset);
+    if (r == 0 && f->layer == top)
+        descend(f);
+    return r < 0 ? r : find_from(f, req, offset);
+}
+
+/* The same for what lies below a node. */
+static int co_fn find_below(struct node *top, const struct request *req, uint64_t offset,
+                            uint64_t len, struct found *f)
+{
+    int r = 0;
+
+    *f = (struct found){.kind = FOUND_ZERO, .layer = top, .len = len};
+    if (is_deep(top))
+        r = skip(top, f, req, offset);
+    if (r == 0 && f->layer == top)
+        descend(f);
+    return r < 0 ? r : find_from(f, req, offset);
 }
 
 /* The file may end within its last cluster: what it lacks there reads as zeroes. */
@@ -131,8 +297,11 @@ static int co_fn read_found(const struct found *f, struct request *req)
     return 0;
 }
 
-/* The whole request through the chain that begins with this layer, piece by piece. */
-static int co_fn read_chain(struct node *layer, struct edge *via, struct request *req)
+typedef int find_fn(struct node *top, const struct request *req, uint64_t offset, uint64_t len,
+                    struct found *f);
+
+/* The whole request, piece by piece. */
+static int co_fn read_chain(struct node *top, find_fn *where, struct request *req)
 {
     uint64_t done = 0;
     int r = 0;
@@ -140,7 +309,7 @@ static int co_fn read_chain(struct node *layer, struct edge *via, struct request
     while (r == 0 && done < req->len) {
         struct found f;
 
-        r = find(layer, via, req, req->offset + done, req->len - done, &f);
+        r = where(top, req, req->offset + done, req->len - done, &f);
         if (r < 0)
             return r;
         if (f.len == req->len && req->iov_count <= PIECE_IOV) {
@@ -160,16 +329,15 @@ static int co_fn read_chain(struct node *layer, struct edge *via, struct request
 
 int chain_co_read(struct node *top, struct request *req)
 {
-    return read_chain(top, NULL, req);
+    return read_chain(top, find, req);
 }
 
 int chain_co_read_below(struct node *node, const struct request *req)
 {
-    struct edge *via = node->backing;
     struct request below = *req;
 
     below.kind = REQUEST_READ;
-    return read_chain(via ? via->node : NULL, via, &below);
+    return read_chain(node, find_below, &below);
 }
 
 /* A node without a map is asked for the extents of what it answers for; they come into the free part of the same array. */
@@ -184,14 +352,13 @@ static int co_fn plain_extents(const struct found *f, const struct request *req,
 
 int chain_co_zero_below(struct node *node, const struct request *req, uint64_t offset, uint64_t len)
 {
-    struct edge *via = node->backing;
     bool zero = true;
 
     while (zero && len) {
         struct extent one = {.flags = EXTENT_ZERO};
         struct extents plain = {.v = &one, .max = 1};
         struct found f;
-        int r = find(via ? via->node : NULL, via, req, offset, len, &f);
+        int r = find_below(node, req, offset, len, &f);
 
         if (r == 0 && f.kind == FOUND_PLAIN) {
             r = plain_extents(&f, req, offset, &plain);
@@ -229,7 +396,7 @@ int chain_co_extents(struct node *top, struct request *req)
 {
     struct extent e = {.offset = req->offset};
     struct found f;
-    int r = find(top, NULL, req, req->offset, req->len, &f);
+    int r = find(top, req, req->offset, req->len, &f);
 
     found_leave(&f);
     if (r < 0)

@@ -7,6 +7,7 @@
 #define CAIRN_GRAPH_CHAIN_H
 
 #include "base/context.h"
+#include "graph/graph.h"
 #include "graph/node.h"
 #include "graph/request.h"
 
@@ -15,6 +16,14 @@ int co_fn chain_co_read_below(struct node *node, const struct request *req);
 /* Does what lies below read as zeroes, as far as that can be told without reading it? 1, 0, or a negative errno. */
 int co_fn chain_co_zero_below(struct node *node, const struct request *req, uint64_t offset,
                               uint64_t len);
+
+/*
+ * For a format: its own answers for a range have changed, and are published. Whoever remembers that this layer said "below"
+ * looks again.
+ */
+void chain_changed(struct node *node, uint64_t offset, uint64_t len);
+/* The same for all of every chain, behind closed gates: layers have come, gone, or have another size. */
+void chain_all_changed(struct graph *g);
 
 /* For the core: requests to a node whose driver has co_map. */
 int co_fn chain_co_read(struct node *top, struct request *req);

@@ -4,6 +4,7 @@
 #include "base/alloc.h"
 #include "base/macros.h"
 #include "graph/backend-internal.h"
+#include "graph/chain.h"
 #include "graph/graph-internal.h"
 #include "graph/unended.h"
 #include "loop/scope.h"
@@ -358,6 +359,8 @@ int change_co_run(struct change *c, struct error **err)
         if (r == 0 && a->ops->commit)
             a->ops->commit(a);
     }
+    if (r == 0)
+        chain_all_changed(c->graph);
     unended_tell_after(c); /* what was cleared is set again */
     open_gates(c);
     co_shield_begin(); /* what is left to do is done, whoever cancels the change */

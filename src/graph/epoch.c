@@ -139,6 +139,9 @@ void epoch_co_release(struct epoch *e)
     co_shield_begin();
     (void)wait_for(e, e->drawn);
     co_shield_end();
-    for (unsigned i = 0; i < LOOP_MAX; i++)
+    for (unsigned i = 0; i < LOOP_MAX; i++) {
+        if (e->slots[i])
+            free(e->slots[i]->chain);
         free(e->slots[i]);
+    }
 }

@@ -21,6 +21,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+struct chain_cache;
 struct epoch;
 
 /* What one loop knows. */
@@ -32,6 +33,7 @@ struct epoch_slot {
     unsigned inside[2];
     unsigned phase;
     bool asked; /* the message is here, and goes back when the old phase is empty */
+    struct chain_cache *chain; /* chain.c's; or NULL */
 
     struct loop_message message;
 };

@@ -47,6 +47,7 @@ struct node {
     unsigned align;
     unsigned memory_align;
     unsigned preferred_align; /* if larger than align: what a child needs */
+    bool lies_below;          /* atomic: some node has, or has had, it as its backing node */
     struct node_settings settings;
     struct tracker *trackers;
     struct overlap overlap; /* what is being written, if align > 1 */

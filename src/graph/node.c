@@ -190,10 +190,12 @@ struct edge *edge_new(struct node *parent, struct backend *backend, struct node 
     list_append(&child->parents, &e->child_link);
     if (parent) {
         list_append(&parent->children, &e->parent_link);
-        if (e->backing)
+        if (e->backing) {
             parent->backing = e;
-        else if (!parent->file)
+            atomic_set(&child->lies_below, true);
+        } else if (!parent->file) {
             parent->file = e;
+        }
     }
     return e;
 }

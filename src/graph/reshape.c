@@ -88,6 +88,8 @@ static void replace_commit(struct change_action *a)
         list_remove(&e->child_link);
         list_append(&rp->to->parents, &e->child_link);
         e->node = rp->to;
+        if (e->backing)
+            atomic_set(&rp->to->lies_below, true);
         rp->to->refs++;
         rp->from->refs--;
     }

@@ -200,6 +200,7 @@ static void publish(struct qcow2 *q, const struct placing *p)
                                (p->at.host_offset + (i << q->cluster_bits)) | QCOW2_COPIED,
                                ordered);
     tiny_lock_release(&q->lock);
+    chain_changed(q->node, p->cluster << q->cluster_bits, p->count << q->cluster_bits);
 }
 
 /* With the range held and the slice pinned. *ret_len 0: look once more. */
@@ -370,6 +371,7 @@ static int co_fn clear_piece(struct qcow2 *q, const struct request *req, uint64_
     r = qcow2_slice_pin(q, req, first, !skips_unmapped(q, how), &s);
     for (uint64_t i = 0; r == 0 && s && i < count; i++)
         r = clear_cluster(q, s, first + i, how);
+    chain_changed(q->node, first << q->cluster_bits, count << q->cluster_bits);
     if (s)
         qcow2_slice_unpin(q, s);
     overlap_end(&q->ranges, &range);
