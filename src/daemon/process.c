@@ -183,6 +183,7 @@ void process_block_signals(void)
 
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     (void)signal(SIGPIPE, SIG_IGN); /* who sends sees EPIPE */
+    (void)signal(SIGXFSZ, SIG_IGN); /* who writes sees EFBIG */
 }
 
 static struct {

@@ -27,7 +27,8 @@ void process_detach(void);
 int process_write_pidfile(const char *path, struct error **err);
 void process_remove_pidfile(void);
 
-/* SIGTERM, SIGINT and SIGHUP are blocked in this thread and all that it starts, and SIGPIPE is ignored. */
+/* SIGTERM, SIGINT and SIGHUP are blocked in this thread and all that it starts, and SIGPIPE and SIGXFSZ
+ * are ignored. */
 void process_block_signals(void);
 
 /* Calls fn(arg), on a thread of its own, at the first of these signals. More of them do nothing. */

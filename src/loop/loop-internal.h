@@ -171,7 +171,8 @@ struct file {
 /* Makes the loop of the calling thread, with this engine. */
 int loop_new(struct loop **ret, const struct engine *engine, const char *name, void *engine_state,
              struct error **err);
-void loop_free(struct loop *loop);
+/* False: it stays until the process ends, since the kernel still holds operations of it. */
+bool loop_free(struct loop *loop);
 /* For a simulated process that dies: forgets loop and coroutines, wherever they stand, with their stacks and pools. */
 void loop_abandon(struct loop *loop);
 /* As loop_run_main(), with any engine. */
@@ -182,8 +183,8 @@ void loop_run(struct loop *loop);
 /* One tick; sleeps if nothing is ready and the loop shall not stop. */
 void loop_tick(struct loop *loop);
 void loop_set_self(struct loop *loop);
-/* The body of a loop thread: makes the loop, reports in, runs it, frees it. */
-void loop_thread_main(struct loop_thread *t);
+/* The body of a loop thread: makes the loop, reports in, runs it, frees it as loop_free() does. */
+bool loop_thread_main(struct loop_thread *t);
 
 /* The engine that a new loop of the calling thread would use. */
 const struct engine *loop_engine_of(enum loop_engine engine);

@@ -140,13 +140,13 @@ int loop_new(struct loop **ret, const struct engine *engine, const char *name, v
     return 0;
 }
 
-void loop_free(struct loop *loop)
+bool loop_free(struct loop *loop)
 {
     assert(loop == self && list_empty(&loop->ready) && !loop->current);
     self = NULL;
     if (loop->live_ops) {
         /* The kernel still holds some: what completes them must find the loop. It is left to the end of the process. */
-        return;
+        return false;
     }
     loop->engine->stop(loop);
     co_pool_release(loop);
@@ -155,6 +155,7 @@ void loop_free(struct loop *loop)
     fiber_release(&loop->fiber);
     atomic_and(&used_indexes, ~((uint64_t)1 << loop->index));
     free(loop);
+    return true;
 }
 
 void loop_abandon(struct loop *loop)
@@ -315,7 +316,7 @@ static int run_main_on(struct loop *loop, co_entry_fn *main_fn, void *arg, struc
         error_set(err, -r, "loop '%s': no memory for a coroutine", loop->name);
     }
     loop_run(loop);
-    loop_free(loop);
+    (void)loop_free(loop); /* this thread goes on */
     return r;
 }
 
@@ -343,7 +344,7 @@ int loop_run_main(enum loop_engine engine, const char *name, co_entry_fn *main_f
     return r < 0 ? r : run_main_on(loop, main_fn, arg, err);
 }
 
-void loop_thread_main(struct loop_thread *t)
+bool loop_thread_main(struct loop_thread *t)
 {
     struct loop *loop;
 
@@ -351,9 +352,9 @@ void loop_thread_main(struct loop_thread *t)
     t->loop = t->start_result < 0 ? NULL : loop;
     t->engine->thread_report(t);
     if (t->start_result < 0)
-        return;
+        return true;
     loop_run(loop);
-    loop_free(loop);
+    return loop_free(loop);
 }
 
 int loop_thread_start(struct loop_thread **ret, const char *name, struct error **err)

@@ -59,20 +59,37 @@ void real_wake(struct loop_mailbox *box)
     (void)!write(box->wake_fd, &one, sizeof(one)); /* LOOP-2; it cannot overflow */
 }
 
-/* A thread that is starting: the starter waits until the loop stands or has failed. */
+enum thread_end {
+    THREAD_RUNS,
+    THREAD_ENDS,
+    THREAD_STAYS, /* it never ends, and keeps its struct real_thread */
+};
+
+/* The starter waits until the loop stands or has failed, the joiner until it has run. */
 struct real_thread {
     pthread_t thread;
     pthread_mutex_t lock;
-    pthread_cond_t reported_cond;
-    bool reported;
+    pthread_cond_t news;
+    bool reported;       /* Protected by lock. */
+    enum thread_end end; /* Protected by lock. */
 };
 
 static void *thread_main(void *arg)
 {
     struct loop_thread *t = arg;
 
+    struct real_thread *rt = t->engine_data;
+    bool freed;
+
     (void)pthread_setname_np(pthread_self(), t->name); /* for debuggers; nothing depends on it */
-    loop_thread_main(t);
+    freed = loop_thread_main(t);
+    pthread_mutex_lock(&rt->lock);
+    rt->end = freed ? THREAD_ENDS : THREAD_STAYS;
+    pthread_cond_signal(&rt->news);
+    pthread_mutex_unlock(&rt->lock);
+    /* P4: a kernel thread of the ring that is stuck in a write would be waited for, without bound, if this one ended. */
+    while (!freed)
+        (void)pause(); /* all signals are blocked */
     return NULL;
 }
 
@@ -82,14 +99,14 @@ void real_thread_report(struct loop_thread *t)
 
     pthread_mutex_lock(&rt->lock);
     rt->reported = true;
-    pthread_cond_signal(&rt->reported_cond);
+    pthread_cond_signal(&rt->news);
     pthread_mutex_unlock(&rt->lock);
 }
 
 static void real_thread_free(struct real_thread *rt)
 {
     pthread_mutex_destroy(&rt->lock);
-    pthread_cond_destroy(&rt->reported_cond);
+    pthread_cond_destroy(&rt->news);
     free(rt);
 }
 
@@ -101,7 +118,7 @@ int real_thread_start(struct loop_thread *t, struct error **err)
     int r;
 
     pthread_mutex_init(&rt->lock, NULL);
-    pthread_cond_init(&rt->reported_cond, NULL);
+    pthread_cond_init(&rt->news, NULL);
     t->engine_data = rt;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the main thread's business */
@@ -113,7 +130,7 @@ int real_thread_start(struct loop_thread *t, struct error **err)
     }
     pthread_mutex_lock(&rt->lock);
     while (!rt->reported)
-        pthread_cond_wait(&rt->reported_cond, &rt->lock);
+        pthread_cond_wait(&rt->news, &rt->lock);
     pthread_mutex_unlock(&rt->lock);
     if (t->start_result < 0) {
         pthread_join(rt->thread, NULL);
@@ -127,7 +144,17 @@ int real_thread_start(struct loop_thread *t, struct error **err)
 void real_thread_join(struct loop_thread *t)
 {
     struct real_thread *rt = t->engine_data;
+    bool stays;
 
+    pthread_mutex_lock(&rt->lock);
+    while (rt->end == THREAD_RUNS)
+        pthread_cond_wait(&rt->news, &rt->lock);
+    stays = rt->end == THREAD_STAYS;
+    pthread_mutex_unlock(&rt->lock);
+    if (stays) {
+        (void)pthread_detach(rt->thread);
+        return;
+    }
     pthread_join(rt->thread, NULL);
     real_thread_free(rt);
 }
@@ -192,7 +219,7 @@ static void worker_refused(struct loop_message *m)
 
 void real_submit_to_worker(struct io_op *op)
 {
-    int r = op->file ? worker_submit(op->file->workers, op) : worker_submit_alone(op);
+    int r = op->file ? worker_submit(op->file->workers, op) : worker_submit_elsewhere(op);
 
     if (r < 0) {
         op->message.fn = worker_refused;

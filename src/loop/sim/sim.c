@@ -187,7 +187,7 @@ static void task_main(void *arg)
 {
     struct sim_task *t = arg;
 
-    loop_thread_main(t->thread);
+    (void)loop_thread_main(t->thread); /* sim_run() sees to loops that stay */
     task_leave(sim_self(), TASK_ENDED);
     abort(); /* nobody enters an ended task */
 }
@@ -466,7 +466,7 @@ static void finish_left_loops(struct sim *sim)
                 sim_io_free(io);
                 op_complete(op, result);
             }
-            loop_free(loop);
+            (void)loop_free(loop);
         }
         task_free(t);
     }
