@@ -35,7 +35,8 @@ struct settings {
     enum operation op;
     unsigned read_percent; /* of randrw, rw and --verify */
     uint32_t block_bytes;
-    uint64_t size_bytes; /* 0: the whole export */
+    uint64_t stride_bytes; /* from one place to the next; 0: block_bytes */
+    uint64_t size_bytes;   /* 0: the whole export */
     uint64_t warm_ns;
     uint64_t time_ns;
     uint64_t rate; /* requests per second, 0: as fast as they are answered */
@@ -156,11 +157,11 @@ static bool bench_next(struct load *l, struct load_conn *c, struct load_slot *s,
     s->data = read ? NULL : b->data;
     if (sequential) {
         s->offset = c->position;
-        c->position += s->length;
-        if (c->position >= b->blocks * s->length)
+        c->position += b->set->stride_bytes;
+        if (c->position >= b->blocks * b->set->stride_bytes)
             c->position = 0;
     } else {
-        s->offset = random_below(&b->random, b->blocks) * s->length;
+        s->offset = random_below(&b->random, b->blocks) * b->set->stride_bytes;
     }
     return true;
 }
@@ -246,7 +247,7 @@ static void bench_print(const struct load *l, const struct bench *b)
 static void place_connections(struct load *l, const struct bench *b)
 {
     for (unsigned i = 0; i < l->n_conns; i++)
-        l->conns[i].position = b->blocks * i / l->n_conns * b->set->block_bytes;
+        l->conns[i].position = b->blocks * i / l->n_conns * b->set->stride_bytes;
 }
 
 static int run_bench(struct load *l, const struct settings *set)
@@ -255,7 +256,7 @@ static int run_bench(struct load *l, const struct settings *set)
     int r;
 
     b.set = set;
-    b.blocks = set->size_bytes / set->block_bytes;
+    b.blocks = set->size_bytes / set->stride_bytes;
     b.random = set->seed | 1;
     b.data = malloc(set->block_bytes);
     if (b.data == NULL)
@@ -312,6 +313,7 @@ static const char usage[] =
     "  --op OP              randread, randwrite, randrw, read, write, rw (default randread)\n"
     "  --read-percent N     reads among 100 requests of randrw, rw, --verify (default 50)\n"
     "  --bs BYTES           size of a request; with --verify the largest (default 4096)\n"
+    "  --stride BYTES       from one place of requests to the next, at least --bs (default --bs)\n"
     "  --size BYTES         use only the first BYTES of the export\n"
     "  --depth N            requests in flight per connection (default 1)\n"
     "  --connections N      connections (default 1)\n"
@@ -386,6 +388,7 @@ enum option_key {
     KEY_OP,
     KEY_READ_PERCENT,
     KEY_BS,
+    KEY_STRIDE,
     KEY_SIZE,
     KEY_DEPTH,
     KEY_CONNECTIONS,
@@ -406,6 +409,7 @@ static const struct option options[] = {
     {"op", required_argument, NULL, KEY_OP},
     {"read-percent", required_argument, NULL, KEY_READ_PERCENT},
     {"bs", required_argument, NULL, KEY_BS},
+    {"stride", required_argument, NULL, KEY_STRIDE},
     {"size", required_argument, NULL, KEY_SIZE},
     {"depth", required_argument, NULL, KEY_DEPTH},
     {"connections", required_argument, NULL, KEY_CONNECTIONS},
@@ -444,6 +448,8 @@ static int apply_option(int key, char *arg, struct load *l, struct settings *set
         r = parse_number(arg, 512, MAX_REQUEST, &v);
         set->block_bytes = (uint32_t)v;
         break;
+    case KEY_STRIDE:
+        return parse_number(arg, 512, UINT64_MAX / 2, &set->stride_bytes);
     case KEY_SIZE:
         return parse_number(arg, 512, UINT64_MAX / 2, &set->size_bytes);
     case KEY_DEPTH:
@@ -490,6 +496,10 @@ static int check_settings(const struct load *l, const struct settings *set)
         return bad_usage("--bs is no multiple of 512:", "--bs");
     if (set->verify && set->block_bytes > 4096 && set->block_bytes % 4096 != 0)
         return bad_usage("--verify above 4096 bytes wants a multiple of 4096:", "--bs");
+    if (set->stride_bytes != 0 && set->stride_bytes < set->block_bytes)
+        return bad_usage("--stride is less than --bs:", "--stride");
+    if (set->verify && set->stride_bytes != 0)
+        return bad_usage("--verify has no stride:", "--stride");
     if (set->verify && set->rate > 0)
         return bad_usage("--verify has no rate:", "--rate");
     return 0;
@@ -502,7 +512,9 @@ static int fit_region(const struct load *l, struct settings *set)
 
     if (set->size_bytes == 0 || set->size_bytes > l->export.size_bytes)
         set->size_bytes = l->export.size_bytes;
-    set->size_bytes -= set->size_bytes % set->block_bytes;
+    if (set->stride_bytes == 0)
+        set->stride_bytes = set->block_bytes;
+    set->size_bytes -= set->size_bytes % set->stride_bytes;
     if (set->size_bytes == 0) {
         fprintf(stderr, "nbd-load: the export is %" PRIu64 " bytes long, less than one request\n",
                 l->export.size_bytes);
