@@ -216,6 +216,7 @@ static bool on_ring(const struct io_op *op)
     case IO_UNLINK:
     case IO_SYNC_DIR:
     case IO_RESOLVE:
+    case IO_COMPUTE:
     case IO_LISTEN:
     case IO_CONNECT:
         break;

@@ -297,6 +297,9 @@ int64_t op_blocking(struct io_op *op)
         return sync_directory(op->path);
     case IO_RESOLVE:
         return resolve_path(op);
+    case IO_COMPUTE:
+        op->compute(op->compute_arg);
+        return 0;
     case IO_LISTEN:
         return real_listen(op);
     case IO_CONNECT:

@@ -9,6 +9,7 @@
 #define CAIRN_LOOP_OP_H
 
 #include "loop/co.h"
+#include "loop/compute.h"
 #include "loop/file.h"
 #include "loop/socket.h"
 
@@ -30,6 +31,7 @@ enum io_op_kind {
     IO_UNLINK,
     IO_SYNC_DIR,
     IO_RESOLVE,
+    IO_COMPUTE,
     IO_LISTEN,
     IO_ACCEPT,
     IO_CONNECT,
@@ -70,6 +72,8 @@ struct io_op {
     const char *path2;
     char *ret_path; /* IO_RESOLVE: PATH_MAX bytes */
     struct file_info *ret_info;
+    compute_fn *compute; /* IO_COMPUTE */
+    void *compute_arg;
     const struct socket_address *address;
     struct socket **ret_socket;
 

@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 #define IDLE_SECONDS 2
 
@@ -164,10 +165,28 @@ int worker_submit(struct worker_pool *p, struct io_op *op)
     return r;
 }
 
-int worker_submit_alone(struct io_op *op)
+/* Lives as long as the process. */
+static struct worker_pool *computing_pool;
+static pthread_once_t computing_once = PTHREAD_ONCE_INIT;
+
+static void make_computing_pool(void)
 {
-    struct worker_pool *p = worker_pool_new(1);
-    int r = worker_submit(p, op);
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+
+    computing_pool = worker_pool_new(processors > 0 ? (unsigned)processors : 1);
+}
+
+int worker_submit_elsewhere(struct io_op *op)
+{
+    struct worker_pool *p;
+    int r;
+
+    if (op->kind == IO_COMPUTE) {
+        (void)pthread_once(&computing_once, make_computing_pool);
+        return worker_submit(computing_pool, op);
+    }
+    p = worker_pool_new(1);
+    r = worker_submit(p, op);
 
     worker_pool_free(p);
     return r;

@@ -485,6 +485,7 @@ static int64_t perform(struct sim_io *io)
         return 0;
     case IO_RESOLVE:
         return do_resolve(op);
+    case IO_COMPUTE: /* was done inline */
     case IO_LISTEN:
     case IO_ACCEPT:
     case IO_CONNECT:
@@ -614,6 +615,10 @@ bool sim_file_try_inline(struct io_op *op)
 {
     struct sim_io io = {.op = op};
 
+    if (op->kind == IO_COMPUTE) {
+        op->compute(op->compute_arg);
+        return true;
+    }
     if ((op->kind != IO_SYNC && op->kind != IO_PUNCH && op->kind != IO_ZERO &&
          op->kind != IO_EXTENTS) ||
         !op->file->on_tmpfs || sim_fault_watches(op->kind, op->file->path) ||
