@@ -584,6 +584,7 @@ def test_relay_sees_backup_commands(tmp_path):
             end = relay.now_ns()
             assert len(between.windows) == i + 1
             assert begin < between.windows[i][0] < between.windows[i][1] < end
-            (other if i else q).wait_event("BLOCK_JOB_COMPLETED")
+            (other if i else q).wait_event("JOB_STATUS_CHANGE", status="null", id="bc"[i])
+        q("blockdev-del", node_name="t")
         q.close()
         other.close()
