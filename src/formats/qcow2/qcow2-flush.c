@@ -374,6 +374,8 @@ int qcow2_co_flush(struct node *node, struct request *req)
     bool any;
     int r;
 
+    if (unlikely(atomic_get(&q->needs_reopen)))
+        return -EIO; /* who opens the image next may find another size */
     tiny_lock_acquire(&q->lock);
     wanted = q->flush.begun + 1;
     /* A cycle that is under way has taken what was there, and it is not yet durable. */

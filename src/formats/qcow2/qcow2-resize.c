@@ -7,6 +7,7 @@
 #include "base/atomic.h"
 #include "base/checked.h"
 #include "base/endian.h"
+#include "base/log.h"
 #include "base/macros.h"
 #include "formats/qcow2/qcow2-header.h"
 #include "formats/qcow2/qcow2.h"
@@ -32,6 +33,25 @@ static int co_fn write_header(struct qcow2 *q, const struct request *req, uint64
     r = qcow2_write_meta(q, req, QCOW2_OFFSET_SIZE, b, 0, len);
     iobuf_unref(b);
     return r < 0 ? r : qcow2_sync(q, req);
+}
+
+/*
+ * D3: a write that has failed may have happened all the same; so the header that is in force, `size` and the L1 table that
+ * we use, is written again. If that fails too, what we would write could be out of sight of who opens the image next.
+ */
+static int co_fn change_header(struct qcow2 *q, const struct request *req, uint64_t old,
+                               uint64_t size, uint32_t l1_size, uint64_t l1_offset)
+{
+    int r = write_header(q, req, size, l1_size, l1_offset);
+
+    if (r < 0 && write_header(q, req, old, q->map.l1_size, q->map.l1_offset) < 0) {
+        atomic_set(&q->needs_reopen, true);
+        log_warning(
+            "node '%s': its size may have changed on disk, or not: nothing is written to its "
+            "tables any more until it is opened again",
+            node_name(q->node));
+    }
+    return r;
 }
 
 static int co_fn write_new_l1(struct qcow2 *q, const struct request *req, uint64_t offset,
@@ -113,7 +133,8 @@ static int co_fn move_l1(struct qcow2 *q, const struct request *req, uint64_t en
     if (r < 0)
         qcow2_alloc_put(q, at.host_offset, at.count);
     else
-        r = write_header(q, req, node_size(q->node), (uint32_t)entries, at.host_offset);
+        r = change_header(q, req, node_size(q->node), node_size(q->node), (uint32_t)entries,
+                          at.host_offset);
     if (r == 0) {
         use_wider(q, &w, entries, at.host_offset);
         if (old_bytes)
@@ -162,7 +183,7 @@ static int co_fn grow_disk(struct qcow2 *q, struct request *req, uint64_t size)
     if (r == 0)
         r = qcow2_co_flush(q->node, &flush);
     if (r == 0)
-        r = write_header(q, req, size, q->map.l1_size, q->map.l1_offset);
+        r = change_header(q, req, old, size, q->map.l1_size, q->map.l1_offset);
     if (r < 0)
         node_set_size(q->node, old);
     return r;
@@ -172,7 +193,7 @@ static int co_fn shrink_disk(struct qcow2 *q, const struct request *req, uint64_
 {
     uint64_t unit = qcow2_cluster_size(q);
     uint64_t old = node_size(q->node);
-    int r = write_header(q, req, size, q->map.l1_size, q->map.l1_offset);
+    int r = change_header(q, req, old, size, q->map.l1_size, q->map.l1_offset);
 
     if (r < 0)
         return r;

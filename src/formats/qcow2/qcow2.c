@@ -51,7 +51,7 @@ int qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset,
                      size_t at, size_t len)
 {
     struct request wait = *by;
-    int r = 0;
+    int r = unlikely(atomic_get(&q->needs_reopen)) ? -EIO : 0;
 
     while (r == 0 && unlikely(node_has_unresolved(edge_node(q->file))))
         r = co_park_until(&wait, loop_clock() + LOOK_NS);

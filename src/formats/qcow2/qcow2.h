@@ -135,6 +135,7 @@ struct qcow2 {
 
     bool zeroed_in_place; /* atomic: clusters read as zeroes that writers may still be writing to */
     bool broken_told;     /* atomic: the log has a line about damage */
+    bool needs_reopen; /* atomic; D3: the header may say otherwise than we do: no more metadata */
 
     struct overlap ranges; /* guest ranges whose mappings change (Q2) */
     struct tiny_lock lock;

@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What is easy to get wrong in qcow2: header writes that fail half-way, refcounts that are wrong, space that is nearly gone, a
+ * cache that is too small for what is dirty.
+ */
+#include "formats/list.h"
+#include "protocols/list.h"
+#include "qcow2-fixture.h"
+
+#define TOP     "/disk/top"
+#define CLUSTER 512u
+
+static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
+
+struct world {
+    struct sim_disk *disk;
+    uint64_t seed;
+    struct graph *graph;
+    struct backend *backend;
+    void *arg;
+    void (*body)(struct world *w);
+};
+
+static void open_top(struct world *w, const char *driver, const char *more)
+{
+    w->graph = graph_new(drivers);
+    must_add(w->graph,
+             "{'driver':'qcow2','node-name':'top','discard':'unmap','backing':null,"
+             "'file':{'driver':'%s','filename':'%s'}%s}",
+             driver, TOP, more);
+    w->backend = must_attach(w->graph, "top", ACCESS_RW, "guest");
+}
+
+static void close_top(struct world *w)
+{
+    backend_co_free(w->backend);
+    graph_co_free(w->graph);
+}
+
+static void run_world(void *arg)
+{
+    struct world *w = arg;
+
+    w->body(w);
+}
+
+static void in_sim(struct world *w)
+{
+    struct sim_options o;
+
+    sim_options_init(&o, w->seed);
+    o.disk = w->disk;
+    assert_int_equal(sim_run(&o, run_world, w), SIM_RETURNED);
+}
+
+/* Each cluster says which it is. */
+static void fill_guest(uint8_t *data, uint64_t offset, size_t len)
+{
+    for (size_t i = 0; i < len; i += 8)
+        store_be64(data + i, (offset + i) * 0x9e3779b97f4a7c15ull | 1);
+}
+
+static void write_guest(struct world *w, uint64_t offset, size_t len)
+{
+    uint8_t *data = xalloc(1, len);
+
+    fill_guest(data, offset, len);
+    assert_int_equal(write_at(w->backend, offset, len, data), 0);
+    free(data);
+}
+
+static void must_have_guest(struct world *w, uint64_t offset, size_t len)
+{
+    uint8_t *want = xalloc(1, len);
+    uint8_t *have = xalloc(1, len);
+
+    fill_guest(want, offset, len);
+    assert_int_equal(read_at(w->backend, offset, len, have), 0);
+    assert_memory_equal(have, want, len);
+    free(want);
+    free(have);
+}
+
+/* ---- D3: a new size whose header write fails, and may have happened all the same ---- */
+
+#define OLD_SIZE (64 * KIB)
+
+struct resizing {
+    struct graph *graph;
+    uint64_t to;
+    enum sim_fault_kind how;
+    uint64_t fails_at; /* the k-th write */
+    uint64_t writes;   /* that there were */
+    int result;
+    bool flushed;
+};
+
+static void resize(void *arg)
+{
+    struct resizing *z = arg;
+    struct error *err = NULL;
+
+    z->result = graph_co_resize(z->graph, "top", z->to, &err);
+    error_free(&err);
+}
+
+/* Gives up after a while. */
+static void try_to_resize(struct resizing *z)
+{
+    struct co_scope scope;
+
+    co_scope_init(&scope);
+    assert_int_equal(co_scope_start(&scope, resize, z), 0);
+    co_scope_set_deadline(&scope, loop_clock() + 10 * NS_PER_S);
+    co_scope_join(&scope);
+}
+
+static void resize_and_go_on(struct world *w)
+{
+    struct resizing *z = w->arg;
+    struct sim_fault fault = {.name = TOP,
+                              .ops = SIM_OP(IO_WRITE),
+                              .kind = z->how,
+                              .error = EIO,
+                              .at = z->fails_at,
+                              .times = 1};
+
+    open_top(w, "file", "");
+    sim_fault_add(&fault);
+    z->graph = w->graph;
+    try_to_resize(z);
+    sim_fault_remove(&fault);
+    z->writes = fault.seen;
+    z->flushed = false;
+    (void)sim_unhang(TOP);
+    assert_int_equal(co_sleep_until(loop_clock() + NS_PER_S), 0); /* the host has ended */
+    if (z->result < 0) {
+        uint8_t *data = xalloc(1, OLD_SIZE);
+
+        fill_guest(data, 0, OLD_SIZE);
+        z->flushed = write_at(w->backend, 0, OLD_SIZE, data) == 0 && flush(w->backend) == 0;
+        free(data);
+    }
+    close_top(w);
+}
+
+static void look_at_old_size(struct world *w)
+{
+    open_top(w, "file", "");
+    must_have_guest(w, 0, OLD_SIZE);
+    close_top(w);
+}
+
+/* Returns how often the disk could be used on. */
+static unsigned resize_with_failures(uint64_t to, enum sim_fault_kind how)
+{
+    struct qcow2_shape shape = {
+        .version = 3, .cluster_bits = 9, .refcount_order = 4, .size = OLD_SIZE};
+    unsigned kept = 0;
+
+    for (uint64_t seed = 1; seed <= 20; seed++) {
+        struct resizing z = {.to = to, .how = how, .fails_at = 1};
+
+        do {
+            struct world w = {.disk = sim_disk_new(), .seed = seed, .arg = &z};
+
+            image_make(w.disk, TOP, &shape);
+            w.body = resize_and_go_on;
+            in_sim(&w);
+            w.body = look_at_old_size;
+            if (z.flushed)
+                in_sim(&w);
+            kept += z.flushed;
+            sim_disk_free(w.disk);
+        } while (z.fails_at++ <= z.writes);
+    }
+    return kept;
+}
+
+static void test_qcow2_review__a_failed_growth_loses_nothing(void **state)
+{
+    (void)state;
+    assert_in_range(resize_with_failures(16 * OLD_SIZE, SIM_ERROR), 20, 1000);
+    assert_in_range(resize_with_failures(16 * OLD_SIZE, SIM_HANG), 20, 1000);
+}
+
+static void test_qcow2_review__a_failed_shrinking_loses_nothing(void **state)
+{
+    (void)state;
+    assert_in_range(resize_with_failures(OLD_SIZE / 2, SIM_ERROR), 20, 1000);
+    /* The header's write is the only one: who knows what it does in the end? */
+    assert_int_equal(resize_with_failures(OLD_SIZE / 2, SIM_HANG), 0);
+}
+
