@@ -192,3 +192,58 @@ static void test_qcow2_review__a_failed_shrinking_loses_nothing(void **state)
     assert_int_equal(resize_with_failures(OLD_SIZE / 2, SIM_HANG), 0);
 }
 
+/* ---- a device whose only free space lies behind many full refcount blocks ---- */
+
+#define DEVICE_SIZE ((uint64_t)4096 * CLUSTER)
+#define DISK_SIZE   ((uint64_t)8192 * CLUSTER)
+#define HOLE        ((uint64_t)2000 * CLUSTER)
+
+static void fill_device(struct world *w)
+{
+    uint64_t *last = w->arg;
+    uint8_t data[CLUSTER];
+
+    open_top(w, "host_device", "");
+    for (*last = 0;; *last += CLUSTER) {
+        fill_guest(data, *last, CLUSTER);
+        if (write_at(w->backend, *last, CLUSTER, data) < 0)
+            break;
+    }
+    *last -= CLUSTER;
+    assert_int_equal(send_request(w->backend, REQUEST_DISCARD, 0, HOLE, CLUSTER, NULL), 0);
+    close_top(w);
+}
+
+static void use_last_space(struct world *w)
+{
+    const uint64_t *last = w->arg;
+
+    open_top(w, "host_device", "");
+    write_guest(w, HOLE, CLUSTER);
+    assert_int_equal(flush(w->backend), 0);
+    must_have_guest(w, 0, (size_t)*last + CLUSTER);
+    close_top(w);
+}
+
+static void test_qcow2_review__the_last_free_cluster_is_found(void **state)
+{
+    struct qcow2_shape shape = {
+        .version = 3, .cluster_bits = 9, .refcount_order = 4, .size = DISK_SIZE};
+    struct sim_file_setup setup = {.type = FILE_TYPE_BLOCK, .size = DEVICE_SIZE};
+    uint64_t last;
+    struct world w = {.disk = sim_disk_new(), .seed = 1, .arg = &last};
+    size_t len;
+    uint8_t *bytes = qcow2_make(&shape, &len);
+
+    (void)state;
+    sim_disk_make(w.disk, TOP, &setup);
+    sim_disk_write(w.disk, TOP, 0, bytes, len);
+    free(bytes);
+    w.body = fill_device;
+    in_sim(&w);
+    assert_in_range(last, 3000 * CLUSTER, DEVICE_SIZE);
+    w.body = use_last_space;
+    in_sim(&w);
+    sim_disk_free(w.disk);
+}
+

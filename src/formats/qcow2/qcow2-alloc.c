@@ -281,6 +281,17 @@ static int co_fn grow_pool(struct qcow2 *q, const struct request *by)
     return 0;
 }
 
+/* Where the file cannot grow: all that is free is wanted. */
+static int co_fn scan_all(struct qcow2 *q, const struct request *by)
+{
+    int r;
+
+    do
+        r = scan(q, by);
+    while (r == 0 && pool_is_empty(q) && q->alloc.scan < q->alloc.end);
+    return r;
+}
+
 static int co_fn refill(struct qcow2 *q, const struct request *by)
 {
     int r = 0;
@@ -291,6 +302,12 @@ static int co_fn refill(struct qcow2 *q, const struct request *by)
         r = scan(q, by);
     if (r == 0 && pool_is_empty(q))
         r = grow_pool(q, by);
+    if (r == -ENOSPC || r == -EFBIG) {
+        int scanned = scan_all(q, by);
+
+        if (scanned < 0 || !pool_is_empty(q))
+            r = scanned;
+    }
     return r;
 }
 
