@@ -247,3 +247,35 @@ static void test_qcow2_review__the_last_free_cluster_is_found(void **state)
     sim_disk_free(w.disk);
 }
 
+/* ---- more dirty tables than the cache holds, since they cannot be written ---- */
+
+#define SLICE_COVERS ((uint64_t)512 * MIB)
+
+static void dirty_all_of_the_cache(struct world *w)
+{
+    struct sim_fault fault = {
+        .name = TOP, .ops = SIM_OP(IO_SYNC), .kind = SIM_ERROR, .error = EIO, .at = 1, .times = 1};
+    uint8_t data[512] = {1};
+
+    open_top(w, "file", ",'l2-cache-size':1048576");
+    write_guest(w, 0, 16 * MIB); /* from here on there is enough space that is counted */
+    sim_fault_add(&fault);
+    for (unsigned i = 1; i < 40; i++)
+        (void)write_at(w->backend, i * SLICE_COVERS, sizeof(data), data);
+    sim_fault_remove(&fault);
+    assert_int_not_equal(flush(w->backend), 0);
+    close_top(w);
+}
+
+static void test_qcow2_review__tables_that_cannot_be_written_hang_nobody(void **state)
+{
+    struct qcow2_shape shape = {
+        .version = 3, .cluster_bits = 16, .refcount_order = 4, .size = 64 * SLICE_COVERS};
+    struct world w = {.disk = sim_disk_new(), .seed = 1, .body = dirty_all_of_the_cache};
+
+    (void)state;
+    image_make(w.disk, TOP, &shape);
+    in_sim(&w);
+    sim_disk_free(w.disk);
+}
+

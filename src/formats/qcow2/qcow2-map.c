@@ -226,6 +226,7 @@ static int co_fn slice_read(struct qcow2 *q, const struct request *by, uint64_t 
         r = qcow2_read_meta(q, by, qcow2_slice_offset(q, slice_index), b, 0, bytes);
     if (r == 0) {
         s->index = slice_index;
+        s->used = true; /* whoever wants to pin it finds it, even if all others are dirty */
         for (uint64_t i = 0; i < qcow2_slice_entries(q); i++)
             s->entries[i] = load_be64(b->data + i * QCOW2_ENTRY_LEN);
         list_init(&s->link);
