@@ -151,22 +151,33 @@ static struct qcow2_run *next_graced(struct qcow2 *q)
     return run;
 }
 
+static void put_back_graced(struct qcow2 *q, struct qcow2_run *run)
+{
+    tiny_lock_acquire(&q->lock);
+    list_prepend(&q->alloc.graced, &run->link);
+    tiny_lock_release(&q->lock);
+}
+
 /* ALLOC-3, under alloc.lock. */
 static int co_fn settle_run(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
 {
     struct request discard = request_for(by, REQUEST_DISCARD, run->first << q->cluster_bits,
                                          run->count << q->cluster_bits);
+    int r = qcow2_used_once(q, by, run->first, run->count);
+    bool sound = r == 1;
     bool keep;
-    int r;
 
-    if (node_settings(q->node)->unmap) {
+    if (sound && node_settings(q->node)->unmap)
         r = edge_co_request(q->file, &discard);
-        if (r == -ECANCELED || r == -ERESTART) {
-            tiny_lock_acquire(&q->lock);
-            list_prepend(&q->alloc.graced, &run->link);
-            tiny_lock_release(&q->lock);
-            return r;
-        }
+    if (r == -ECANCELED || r == -ERESTART) {
+        put_back_graced(q, run);
+        return r;
+    }
+    if (!sound) { /* another mapping may need them, or they may be given to others: they leak */
+        if (r == 0)
+            (void)qcow2_damaged(q, "a cluster that was mapped once has another refcount");
+        free(run);
+        return 0;
     }
     tiny_lock_acquire(&q->lock);
     keep = q->alloc.reuse_count + run->count <= REUSE_MAX >> q->cluster_bits;

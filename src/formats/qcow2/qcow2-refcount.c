@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Refcounts as they are on disk: the table, its blocks, and a small cache of them. All under alloc.lock. */
 #include "base/alloc.h"
+#include "base/atomic.h"
 #include "base/checked.h"
 #include "base/endian.h"
 #include "base/macros.h"
@@ -81,6 +82,42 @@ void qcow2_block_cache(struct qcow2 *q, struct qcow2_refblock *block)
     q->alloc.block_count--;
 }
 
+static bool count_known(const struct qcow2 *q, struct qcow2_refblock *block, uint64_t host_offset,
+                        uint64_t bytes)
+{
+    uint64_t base = block->index * qcow2_block_entries(q);
+    uint64_t end = (host_offset + bytes + qcow2_cluster_size(q) - 1) >> q->cluster_bits;
+    bool wrong = false;
+
+    end = MIN(end, base + qcow2_block_entries(q));
+    for (uint64_t c = MAX(host_offset >> q->cluster_bits, base); c < end; c++) {
+        if (qcow2_count_get(q, block->bytes, c - base))
+            continue;
+        qcow2_count_set(q, block->bytes, c - base, 1);
+        wrong = true;
+    }
+    return wrong;
+}
+
+/* The header and tables are in use, whatever a damaged image says of them: writers must not get them. */
+static void count_tables(struct qcow2 *q, struct qcow2_refblock *block)
+{
+    const struct qcow2_alloc *a = &q->alloc;
+    bool wrong = count_known(q, block, 0, 1);
+
+    wrong |= count_known(q, block, a->table_offset, (uint64_t)a->table_size * QCOW2_ENTRY_LEN);
+    for (uint32_t i = 0; i < a->table_size; i++)
+        wrong |= a->table[i] && count_known(q, block, a->table[i], 1);
+    wrong |= count_known(q, block, q->map.l1_offset, (uint64_t)q->map.l1_size * QCOW2_ENTRY_LEN);
+    for (uint32_t i = 0; i < q->map.l1_size; i++) {
+        uint64_t l2 = atomic_get_relaxed(&q->map.l1[i]) & QCOW2_L1_OFFSET_MASK; /* new ones count */
+
+        wrong |= l2 && count_known(q, block, l2, 1);
+    }
+    if (wrong)
+        (void)qcow2_damaged(q, "the refcount of a table is 0");
+}
+
 /* It stays until the next call. */
 int qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
                     struct qcow2_refblock **ret)
@@ -109,6 +146,7 @@ int qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
     r = b && block ? qcow2_read_meta(q, by, offset, b, 0, bytes) : -ENOMEM;
     if (r == 0) {
         memcpy(block->bytes, b->data, bytes);
+        count_tables(q, block);
         qcow2_block_cache(q, block);
         *ret = take(&block);
     }
@@ -166,6 +204,28 @@ int qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uin
         count -= n;
     }
     return r;
+}
+
+int qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
+{
+    uint64_t entries = qcow2_block_entries(q);
+
+    for (uint64_t c = first; c < first + count;) {
+        uint64_t end = MIN(first + count, (c / entries + 1) * entries);
+        struct qcow2_refblock *block;
+        int r;
+
+        if (c / entries >= q->alloc.table_size || !q->alloc.table[c / entries])
+            return 0;
+        r = qcow2_block_get(q, by, c / entries, &block);
+        if (r < 0)
+            return r;
+        for (; c < end; c++) {
+            if (qcow2_count_get(q, block->bytes, c % entries) != 1)
+                return 0;
+        }
+    }
+    return 1;
 }
 
 int qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset, uint64_t *ret)

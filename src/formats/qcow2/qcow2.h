@@ -232,6 +232,9 @@ int co_fn qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t 
 int co_fn qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
                         unsigned was, unsigned becomes);
 int co_fn qcow2_read_refcount_table(struct qcow2 *q, const struct request *by);
+/* 1 if all of these have refcount 1, else 0, or a negative errno. */
+int co_fn qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first,
+                          uint64_t count);
 /* How often a cluster is used, as the disk says. Takes alloc.lock. */
 int co_fn qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset,
                          uint64_t *ret);
