@@ -125,10 +125,32 @@ static int co_fn find_data(struct restoration *x, struct error **err)
     return 0;
 }
 
+/* The engine's word that a piece is zero is a hint: here is whether a first part of it is, and how long that is. */
+static int co_fn look_at_zero(struct restoration *x, struct copy_piece *piece)
+{
+    struct extent v[1];
+    struct extents extents = {.v = v, .max = 1};
+    struct request req = {
+        .kind = REQUEST_EXTENTS,
+        .offset = piece->offset,
+        .len = piece->len,
+        .extents = &extents,
+    };
+    int r = backend_co_request(x->source, &req);
+
+    if (r < 0)
+        return r;
+    piece->zero = extents.count && (v[0].flags & EXTENT_ZERO);
+    if (extents.count)
+        piece->len = MIN(piece->len, v[0].len);
+    return 0;
+}
+
 static int co_fn pull(void *arg, struct copy_piece *piece, struct iobuf *buf)
 {
     struct restoration *x = arg;
     struct iovec iov;
+    int r = piece->zero ? look_at_zero(x, piece) : 0;
     struct request req = {
         .kind = REQUEST_READ,
         .offset = piece->offset,
@@ -137,8 +159,8 @@ static int co_fn pull(void *arg, struct copy_piece *piece, struct iobuf *buf)
         .hold = buf,
     };
 
-    if (piece->zero)
-        return 0; /* as the source said: nobody writes to it */
+    if (r < 0 || piece->zero)
+        return r;
     piece->len = MIN(piece->len, (uint64_t)buf->size);
     req.len = piece->len;
     iov = (struct iovec){buf->data, piece->len};
