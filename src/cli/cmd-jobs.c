@@ -75,14 +75,19 @@ static void print_job(struct view *v, const json_t *job)
     uint64_t done = number_of(job, "current-progress");
     struct rate *rate = rate_of(v, text_of(job, "id"));
     const char *error = json_string_value(json_object_get(job, "error"));
+    unsigned width = v->terminal ? progress_columns() - 1 : 160;
     char label[96];
     char line[256];
 
     rate_see(rate, progress_now_ms(), done);
-    (void)snprintf(label, sizeof(label), "%-20s %-7s %-9s", text_of(job, "id"),
-                   text_of(job, "type"), text_of(job, "status"));
-    progress_line(line, sizeof(line), v->terminal ? progress_columns() - 1 : 160, label, done,
-                  number_of(job, "total-progress"),
+    /* The room of a terminal is for the bar. */
+    if (width < 100)
+        (void)snprintf(label, sizeof(label), "%-18.40s %-9s", text_of(job, "id"),
+                       text_of(job, "status"));
+    else
+        (void)snprintf(label, sizeof(label), "%-20s %-7s %-9s", text_of(job, "id"),
+                       text_of(job, "type"), text_of(job, "status"));
+    progress_line(line, sizeof(line), width, label, done, number_of(job, "total-progress"),
                   strcmp(text_of(job, "status"), "running") == 0 ? rate->bytes_per_second : 0);
     printf("%s%s\n", line, v->terminal ? "\033[K" : "");
     v->lines++;

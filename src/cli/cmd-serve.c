@@ -268,15 +268,25 @@ static char *uri_escape(const char *text)
     return out;
 }
 
+/* Without following links. */
+static char *absolute(const char *path)
+{
+    AUTO(free_ptr) char *here = path[0] == '/' ? NULL : getcwd(NULL, 0);
+
+    return here ? xasprintf("%s/%s", strcmp(here, "/") == 0 ? "" : here, path) : xstrdup(path);
+}
+
 static void say_where(const struct serve *s)
 {
     AUTO(free_ptr) char *name = uri_escape(s->name);
-    AUTO(free_ptr) char *path = uri_escape(s->nbd_path);
+    AUTO(free_ptr) char *socket = absolute(s->nbd_path);
+    AUTO(free_ptr) char *control = absolute(s->qmp_path);
+    AUTO(free_ptr) char *path = uri_escape(socket);
     AUTO(free_ptr) char *uri = xasprintf("nbd+unix:///%s?socket=%s", name, path);
 
     if (s->json) {
         cli_print_json(json_pack("{s:s, s:s, s:s, s:s, s:s, s:i, s:b}", "nbd", uri, "socket",
-                                 s->nbd_path, "control", s->qmp_path, "node", TOP_NODE, "format",
+                                 socket, "control", control, "node", TOP_NODE, "format",
                                  s->layers.v[0].format, "pid", (int)s->daemon, "read-only",
                                  s->read_only),
                        false);
@@ -284,7 +294,7 @@ static void say_where(const struct serve *s)
         printf("disk     %s (%s, %zu layer%s%s)\n", s->disk, s->layers.v[0].format, s->layers.count,
                s->layers.count == 1 ? "" : "s", s->read_only ? ", read-only" : "");
         printf("nbd      %s\n", uri);
-        printf("control  %s\n", s->qmp_path);
+        printf("control  %s\n", control);
     }
     (void)fflush(stdout);
 }
@@ -327,13 +337,6 @@ static int prepare(struct serve *s, struct error **err)
     if (r == 0)
         r = check_not_served(s, err);
     return r == 0 ? make_command_line(s, err) : r;
-}
-
-static char *absolute(const char *path)
-{
-    AUTO(free_ptr) char *here = path[0] == '/' ? NULL : getcwd(NULL, 0);
-
-    return here ? xasprintf("%s/%s", strcmp(here, "/") == 0 ? "" : here, path) : xstrdup(path);
 }
 
 static int read_option(struct serve *s, int opt, struct error **err)

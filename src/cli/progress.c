@@ -74,50 +74,63 @@ static void time_text(char *buf, size_t size, double seconds)
         (void)snprintf(buf, size, "%.0f h", MIN(seconds / 3600, 9999.0));
 }
 
-static void figures(char *buf, size_t size, uint64_t done, uint64_t total, double rate)
+static void rate_text(char *buf, size_t size, uint64_t left, double rate)
 {
-    char done_text[32];
-    char total_text[32];
-    char rate_text[32];
-    char left_text[32];
-    size_t len;
+    char rate_size[32];
+    char time[32];
 
-    size_text(done_text, sizeof(done_text), done);
-    size_text(total_text, sizeof(total_text), total);
-    (void)snprintf(buf, size, " %3u %%  %s of %s",
-                   total ? (unsigned)((double)done * 100 / (double)total) : 100, done_text,
-                   total_text);
+    buf[0] = '\0';
     if (rate < 1)
         return;
-    size_text(rate_text, sizeof(rate_text), (uint64_t)rate);
-    time_text(left_text, sizeof(left_text), total > done ? (double)(total - done) / rate : 0);
-    len = strlen(buf);
-    (void)snprintf(buf + len, size - len, "  %s/s  %s left", rate_text, left_text);
+    size_text(rate_size, sizeof(rate_size), (uint64_t)rate);
+    time_text(time, sizeof(time), (double)left / rate);
+    (void)snprintf(buf, size, "  %s/s  %s left", rate_size, time);
+}
+
+static void amount_text(char *buf, size_t size, uint64_t done, uint64_t total)
+{
+    char done_size[32];
+    char total_size[32];
+
+    size_text(done_size, sizeof(done_size), done);
+    size_text(total_size, sizeof(total_size), total);
+    (void)snprintf(buf, size, "  %s of %s", done_size, total_size);
+}
+
+/* `cells` wide; "" for none. */
+static void bar_text(char *buf, size_t size, unsigned cells, uint64_t done, uint64_t total)
+{
+    char bar[BAR_MAX + 1];
+    unsigned full = total ? (unsigned)((double)done / (double)total * cells) : cells;
+
+    memset(bar, '#', full);
+    memset(bar + full, '.', cells - full);
+    bar[cells] = '\0';
+    (void)snprintf(buf, size, cells ? " [%s]" : "%s", bar);
 }
 
 void progress_line(char *buf, size_t size, unsigned width, const char *label, uint64_t done,
                    uint64_t total, double bytes_per_second)
 {
-    char bar[BAR_MAX + 1];
-    char text[160];
-    size_t used;
-    unsigned cells;
-    unsigned full;
+    char bar[BAR_MAX + 8];
+    char amount[80];
+    char rate[80];
+    size_t used =
+        strlen(label) + sizeof(" 100 %") + sizeof(" []"); /* without what may be left out */
+    unsigned percent;
 
     done = MIN(done, total);
-    figures(text, sizeof(text), done, total, bytes_per_second);
-    used = strlen(label) + strlen(text) + 3; /* a space and two brackets */
-    size = MIN(size, (size_t)width + 1);
-    if (used + BAR_MIN > width) {
-        (void)snprintf(buf, size, "%s%s", label, text);
-        return;
-    }
-    cells = MIN(width - (unsigned)used, BAR_MAX);
-    full = total ? (unsigned)((double)done / (double)total * cells) : cells;
-    memset(bar, '#', full);
-    memset(bar + full, '.', cells - full);
-    bar[cells] = '\0';
-    (void)snprintf(buf, size, "%s [%s]%s", label, bar, text);
+    percent = total ? (unsigned)((double)done * 100 / (double)total) : 100;
+    amount_text(amount, sizeof(amount), done, total);
+    rate_text(rate, sizeof(rate), total - done, bytes_per_second);
+    used += strlen(rate);
+    if (used + BAR_MIN + strlen(amount) > width)
+        amount[0] = '\0';
+    used += strlen(amount);
+    bar_text(bar, sizeof(bar), used + BAR_MIN > width ? 0 : MIN(width - (unsigned)used, BAR_MAX),
+             done, total);
+    (void)snprintf(buf, MIN(size, (size_t)width + 1), "%s%s %3u %%%s%s", label, bar, percent,
+                   amount, rate);
 }
 
 void progress_begin(struct progress *p, const char *label, bool json)

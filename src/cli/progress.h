@@ -20,8 +20,8 @@ void rate_see(struct rate *r, uint64_t now_ms, uint64_t done);
 /* `1.5 GiB`. */
 void size_text(char *buf, size_t size, uint64_t bytes);
 /*
- * `label [#####.....]  50 %  1.0 GiB of 2.0 GiB  100 MiB/s  10 s left`, at most `width` columns and cut if it must be. The bar
- * is left out where there is no room.
+ * `label [#####.....]  50 %  1.0 GiB of 2.0 GiB  100 MiB/s  10 s left`, at most `width` columns. Where there is no room the amount
+ * is left out first, then the bar; then it is cut.
  */
 void progress_line(char *buf, size_t size, unsigned width, const char *label, uint64_t done,
                    uint64_t total, double bytes_per_second);

@@ -42,6 +42,11 @@ static void test_cli__a_line_fits_its_terminal(void **state)
     assert_non_null(strstr(line, "full [####"));
     assert_non_null(strstr(line, "] "));
     assert_non_null(strstr(line, " 50 %  1.0 GiB of 2.0 GiB  100.0 MiB/s  10 s left"));
+    progress_line(line, sizeof(line), 60, "full", GIB, 2 * GIB, (double)(100 * MIB));
+    assert_non_null(strstr(line, "#."));
+    assert_non_null(strstr(line, " 50 %  100.0 MiB/s  10 s left"));
+    progress_line(line, sizeof(line), 40, "full", GIB, 2 * GIB, (double)(100 * MIB));
+    assert_string_equal(line, "full  50 %  100.0 MiB/s  10 s left");
     for (unsigned width = 1; width < 200; width++) {
         progress_line(line, sizeof(line), width, "incremental", 3, 7, 1e15);
         if (strlen(line) > width)
