@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -136,15 +137,17 @@ class StallingFile:
         return self
 
     def __exit__(self, *exception):
-        self.process.kill()  # with the last file of the connection all that waits for it ends
-        self.process.communicate()
-        libc.umount2(self.path.encode(), MNT_FORCE | MNT_DETACH)
+        self.process.communicate()  # its input ends
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     server = Server(sys.argv[1], int(sys.argv[2]))
-    print("ready", flush=True)
-    server.serve()
+    try:
+        print("ready", flush=True)
+        server.serve()
+    finally:  # also when the test was killed; all that waits ends
+        libc.umount2(sys.argv[1].encode(), MNT_FORCE | MNT_DETACH)
 
 
 if __name__ == "__main__":
