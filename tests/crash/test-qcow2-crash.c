@@ -23,7 +23,7 @@
 
 #define WRITERS_MAX 3
 #define BOUNDS_MAX  400
-#define RANDOM_CUTS 8
+#define RANDOM_CUTS 5
 #define TOP         "/disk/top"
 #define BASE        "/disk/base"
 #define BASE_VALUES ((uint64_t)1 << 40)
@@ -229,8 +229,8 @@ static void resize(struct run *r, struct prng *prng)
     uint32_t op;
     int result;
 
-    if (prng_chance(prng, 300))
-        size = most;
+    if (r->size_count == 1 && prng_chance(prng, 700))
+        size = most - prng_below(prng, 64) * LOG_SECTOR;
     first = MIN(size, r->size_now) / LOG_SECTOR;
     op = log_begin(&r->log, first, r->sectors - first, 0, false);
     r->sizes[r->size_count++] = size;
@@ -358,7 +358,7 @@ static void make_base(struct sim_disk *d, const struct plan *p, struct sector_lo
         uint64_t value = prng_chance(&prng, 800) ? BASE_VALUES + i : 0;
 
         log_fill(bytes + data * cluster + i * LOG_SECTOR, i, value);
-        if (i < log->sector_count && i < p->base.size / LOG_SECTOR)
+        if (i < MIN(p->shape.size, p->base.size) / LOG_SECTOR) /* no more comes into sight */
             log->sectors[i].initial = value;
     }
     image_put(d, BASE, bytes, len);
@@ -368,6 +368,8 @@ static void make_base(struct sim_disk *d, const struct plan *p, struct sector_lo
 static void run_begin(struct run *r, const struct plan *p)
 {
     *r = (struct run){.plan = p, .disk = sim_disk_new(), .sectors = p->shape.size / LOG_SECTOR};
+    if (p->resizes)
+        r->sectors *= 2; /* L1 grows, too */
     r->size_now = p->shape.size;
     r->sizes[r->size_count++] = r->size_now;
     log_init(&r->log, r->sectors);
@@ -443,13 +445,14 @@ static void crash_everywhere(const struct plan *p)
     memcpy(bounds, whole.bounds, sizeof(bounds));
     run_end(&whole);
     for (unsigned i = 0; i < bound_count; i++) {
-        if (bound_count > p->bounds && prng_below(&prng, bound_count) >= p->bounds)
+        /* The first ones are those of opening, and of the first growth. */
+        if (i >= 6 && bound_count > p->bounds && prng_below(&prng, bound_count) >= p->bounds)
             continue;
         crash_at(p, bounds[i], 1 + prng_next(&prng) % 1000000);
         counts->boundaries++;
     }
     for (unsigned i = 0; i < RANDOM_CUTS; i++)
-        crash_at(p, 1 + prng_below(&prng, ops), i % 4 == 3 ? 0 : 1 + prng_next(&prng) % 1000000);
+        crash_at(p, 1 + prng_below(&prng, ops), i == 4 ? 0 : 1 + prng_next(&prng) % 1000000);
 }
 
 /*
@@ -498,7 +501,7 @@ static void plan_random(struct plan *p, uint64_t seed)
     if (p->has_base) {
         qcow2_shape_random(&p->base, &prng, p->shape.size);
         if (prng_chance(&prng, 300))
-            p->base.size = (1 + prng_below(&prng, p->shape.size / 512)) * 512;
+            p->base.size = (1 + prng_below(&prng, p->shape.size * 3 / 2 / 512)) * 512;
         p->base.allocated = p->base.size >> p->base.cluster_bits;
         p->shape.backing = BASE;
         p->shape.allocated = 0;
@@ -526,7 +529,10 @@ static void test_qcow2_crash__while_the_size_changes(void **state)
 
         plan_random(&p, seed);
         p.resizes = true;
-        p.ops = 5;
+        p.ops = 4;
+        p.bounds = 16;
+        if (seed % 3)
+            p.shape.cluster_bits = 9; /* L1 grows only there */
         in_child(crash_everywhere, &p);
     }
     print_counts();
@@ -541,7 +547,7 @@ static void test_qcow2_crash__while_the_refcount_table_grows(void **state)
         struct plan p = {
             .seed = seed,
             .ops = 14,
-            .bounds = 12,
+            .bounds = 5,
             .writers = 1 + (unsigned)prng_below(&prng, WRITERS_MAX),
             .shape = {.version = 3, .cluster_bits = 9, .refcount_order = 6, .size = 4300 * 512},
         };
