@@ -216,7 +216,7 @@ static void test_qcow2_races__under_sim(void **state)
             .ops = SIM_OP(IO_READ) | SIM_OP(IO_WRITE),
             .kind = SIM_DELAY,
             .delay_ns = (2 + seed % 7 * 5) * NS_PER_MS,
-            .per_mille = seed % 5 ? 120 : 0,
+            .per_mille = seed % 5 ? 60 * (seed % 5) : 0,
         };
         struct sim_fault *faults[] = {&late};
 

@@ -276,6 +276,10 @@ static inline bool log_allows_bytes(struct sector_log *l, uint64_t sector, const
     bool all = true;
 
     pthread_mutex_lock(&l->lock);
+    if (s->count == 0 && s->initial == 0) {
+        pthread_mutex_unlock(&l->lock);
+        return log_is_zero(buf);
+    }
     for (uint32_t i = 0; i <= s->count; i++) {
         uint64_t value = i ? l->ops[s->ops[i - 1]].value : s->initial;
 
@@ -297,9 +301,6 @@ static inline void log_check(struct sector_log *l, uint64_t first, uint64_t coun
     for (uint64_t i = 0; i < count; i++) {
         const char *sector = (const char *)buf + i * LOG_SECTOR;
 
-        if (l->sectors[first + i].count == 0 && l->sectors[first + i].initial == 0 &&
-            log_is_zero(sector))
-            continue;
         if (log_allows_bytes(l, first + i, sector, read_start, durably))
             continue;
         log_print(l, first + i, what, log_value(sector, first + i));
