@@ -6,7 +6,7 @@
 #   tools/install-deps.sh --list    print the packages, one per line
 set -eu
 
-build='gcc libc6-dev make meson ninja-build pkg-config python3 git scdoc liburing-dev libjansson-dev libssl-dev'
+build='gcc libc6-dev make meson ninja-build pkg-config python3 git scdoc liburing-dev libjansson-dev libssl-dev zlib1g-dev libzstd-dev'
 checks='e2fsprogs mount clang libclang-rt-14-dev clang-format clang-tidy binutils patch libcmocka-dev'
 peers='qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd python3-pytest fio socat strace file'
 packages="$build $checks $peers"

@@ -37,8 +37,9 @@ struct chain_cache {
 };
 
 enum found_kind {
-    FOUND_DATA,  /* in the file of `layer` */
-    FOUND_PLAIN, /* `layer` is no format with a map: ask it */
+    FOUND_DATA,    /* in the file of `layer` */
+    FOUND_ENCODED, /* there, too, for its driver to read */
+    FOUND_PLAIN,   /* `layer` is no format with a map: ask it */
     FOUND_ZERO,
 };
 
@@ -48,10 +49,10 @@ struct found {
     struct node *layer;
     struct edge *via; /* the edge to the layer; NULL: it is the top */
     uint64_t len;
-    uint64_t host_offset; /* FOUND_DATA */
+    uint64_t host_offset; /* FOUND_DATA, FOUND_ENCODED */
     bool said;            /* FOUND_ZERO: by the layer, not for want of one */
 
-    /* FOUND_DATA: we are inside. */
+    /* FOUND_DATA, FOUND_ENCODED: we are inside. */
     struct epoch_slot *slot;
     unsigned phase;
 };
@@ -77,7 +78,7 @@ static int co_fn ask(struct found *f, const struct request *req, uint64_t offset
     f->phase = epoch_enter(f->slot);
     r = layer->driver->co_map(layer, req, offset, f->len, &map);
     *ret = map.kind;
-    if (r < 0 || map.kind != MAPPING_DATA)
+    if (r < 0 || (map.kind != MAPPING_DATA && map.kind != MAPPING_ENCODED))
         found_leave(f);
     f->len = map.len;
     f->host_offset = map.host_offset;
@@ -111,6 +112,9 @@ static int co_fn find_from(struct found *f, const struct request *req, uint64_t 
         switch (kind) {
         case MAPPING_DATA:
             f->kind = FOUND_DATA;
+            return 0;
+        case MAPPING_ENCODED:
+            f->kind = FOUND_ENCODED;
             return 0;
         case MAPPING_ZERO:
             f->said = true;
@@ -238,7 +242,9 @@ static int co_fn find(struct node *top, const struct request *req, uint64_t offs
     r = ask(f, req, offset, &kind);
     if (r < 0)
         return r;
-    f->kind = kind == MAPPING_DATA ? FOUND_DATA : FOUND_ZERO;
+    f->kind = kind == MAPPING_DATA      ? FOUND_DATA
+              : kind == MAPPING_ENCODED ? FOUND_ENCODED
+                                        : FOUND_ZERO;
     f->said = kind == MAPPING_ZERO;
     if (kind != MAPPING_BELOW)
         return 0;
@@ -288,6 +294,8 @@ static int co_fn read_found(const struct found *f, struct request *req)
     switch (f->kind) {
     case FOUND_DATA:
         return read_file(f->layer->file, req, f->host_offset);
+    case FOUND_ENCODED:
+        return f->layer->driver->co_read_encoded(f->layer, req, f->host_offset);
     case FOUND_PLAIN:
         return edge_co_request(f->via, req);
     case FOUND_ZERO:
@@ -297,11 +305,8 @@ static int co_fn read_found(const struct found *f, struct request *req)
     return 0;
 }
 
-typedef int find_fn(struct node *top, const struct request *req, uint64_t offset, uint64_t len,
-                    struct found *f);
-
-/* The whole request, piece by piece. */
-static int co_fn read_chain(struct node *top, find_fn *where, struct request *req)
+/* Piece by piece. */
+int chain_co_read(struct node *top, struct request *req)
 {
     uint64_t done = 0;
     int r = 0;
@@ -309,7 +314,7 @@ static int co_fn read_chain(struct node *top, find_fn *where, struct request *re
     while (r == 0 && done < req->len) {
         struct found f;
 
-        r = where(top, req, req->offset + done, req->len - done, &f);
+        r = find(top, req, req->offset + done, req->len - done, &f);
         if (r < 0)
             return r;
         if (f.len == req->len && req->iov_count <= PIECE_IOV) {
@@ -325,19 +330,6 @@ static int co_fn read_chain(struct node *top, find_fn *where, struct request *re
         found_leave(&f);
     }
     return r;
-}
-
-int chain_co_read(struct node *top, struct request *req)
-{
-    return read_chain(top, find, req);
-}
-
-int chain_co_read_below(struct node *node, const struct request *req)
-{
-    struct request below = *req;
-
-    below.kind = REQUEST_READ;
-    return read_chain(node, find_below, &below);
 }
 
 /* A node without a map is asked for the extents of what it answers for; they come into the free part of the same array. */
@@ -367,7 +359,7 @@ int chain_co_zero_below(struct node *node, const struct request *req, uint64_t o
         found_leave(&f);
         if (r < 0)
             return r;
-        zero = f.kind != FOUND_DATA && (one.flags & EXTENT_ZERO);
+        zero = f.kind != FOUND_DATA && f.kind != FOUND_ENCODED && (one.flags & EXTENT_ZERO);
         offset += f.len;
         len -= f.len;
     }
@@ -404,8 +396,10 @@ int chain_co_extents(struct node *top, struct request *req)
     if (f.kind == FOUND_PLAIN)
         return add_plain(top, &f, req);
     e.len = f.len;
-    e.flags = f.kind == FOUND_DATA ? EXTENT_DATA | EXTENT_OFFSET_VALID : EXTENT_ZERO;
-    if (f.layer == top && (f.kind == FOUND_DATA || f.said))
+    e.flags = f.kind == FOUND_DATA      ? EXTENT_DATA | EXTENT_OFFSET_VALID
+              : f.kind == FOUND_ENCODED ? EXTENT_DATA
+                                        : EXTENT_ZERO;
+    if (f.layer == top && (f.kind != FOUND_ZERO || f.said))
         e.flags |= EXTENT_ALLOCATED;
     if (f.kind == FOUND_DATA) {
         e.host = f.layer->file->node;

@@ -11,8 +11,6 @@
 #include "graph/node.h"
 #include "graph/request.h"
 
-/* For a format: reads what its backing node shows, zeroes where it shows nothing, into the request's memory; at its offset. */
-int co_fn chain_co_read_below(struct node *node, const struct request *req);
 /* Does what lies below read as zeroes, as far as that can be told without reading it? 1, 0, or a negative errno. */
 int co_fn chain_co_zero_below(struct node *node, const struct request *req, uint64_t offset,
                               uint64_t len);
@@ -25,7 +23,7 @@ void chain_changed(struct node *node, uint64_t offset, uint64_t len);
 /* The same for all of every chain, behind closed gates: layers have come, gone, or have another size. */
 void chain_all_changed(struct graph *g);
 
-/* For the core: requests to a node whose driver has co_map. */
+/* Requests to a node whose driver has co_map: for the core, and for a format that reads what it shows. */
 int co_fn chain_co_read(struct node *top, struct request *req);
 /* Adds an extent at least, from the start of the range; none if the array is full. */
 int co_fn chain_co_extents(struct node *top, struct request *req);

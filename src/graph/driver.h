@@ -24,15 +24,16 @@ enum driver_kind { DRIVER_PROTOCOL, DRIVER_FORMAT, DRIVER_FILTER };
 
 /* Where a range of a format's disk lies. */
 enum mapping_kind {
-    MAPPING_DATA,  /* in the node's file, from host_offset on, as it is */
-    MAPPING_ZERO,  /* nowhere: it reads as zeroes */
-    MAPPING_BELOW, /* in the backing node; without one, and beyond its end, it reads as zeroes */
+    MAPPING_DATA,    /* in the node's file, from host_offset on, as it is */
+    MAPPING_ZERO,    /* nowhere: it reads as zeroes */
+    MAPPING_BELOW,   /* in the backing node; without one, and beyond its end, it reads as zeroes */
+    MAPPING_ENCODED, /* in the node's file, otherwise than as it is: co_read_encoded reads it */
 };
 
 struct mapping {
     enum mapping_kind kind;
-    uint64_t len; /* bytes that the answer holds for; > 0 */
-    uint64_t host_offset;
+    uint64_t len;         /* bytes that the answer holds for; > 0 */
+    uint64_t host_offset; /* MAPPING_ENCODED: what co_read_encoded wants to know */
 };
 
 struct driver {
@@ -64,6 +65,8 @@ struct driver {
      */
     int (*co_map)(struct node *node, const struct request *req, uint64_t offset, uint64_t len,
                   struct mapping *ret);
+    /* Reads what co_map has just called encoded, inside the same epoch. */
+    int (*co_read_encoded)(struct node *node, struct request *req, uint64_t host_offset);
     int (*co_write)(struct node *node, struct request *req);
     int (*co_write_zeroes)(struct node *node, struct request *req);
     int (*co_discard)(struct node *node, struct request *req);

@@ -391,7 +391,6 @@ REFUSED = {
     "encrypted": (encrypted, "encrypt"),
     "data-file": (with_data_file, "data file"),
     "extended-l2": (of("extended_l2=on"), "extended"),
-    "zstd": (of("compression_type=zstd"), "compress"),
     "dirty": (left_dirty, "dirty"),
     "corrupt": (marked(72, "Q", 2), "corrupt"),
     "unknown": (with_unknown_feature, "time travel"),
@@ -416,38 +415,60 @@ def test_refused_in_a_clear_line(daemon, tmp_path, case):
     assert image.read_bytes() == before
 
 
-def test_snapshots_are_not_written_over(daemon, tmp_path):
+def test_snapshots_keep_what_they_hold(daemon, tmp_path):
     image = tmp_path / "a.qcow2"
     with_snapshot(image)
-    before = image.read_bytes()
-    assert "snapshot" in refusal(daemon, **node("n", image))
-    try:
-        with Disk(daemon, image, writable=False) as disk:
-            assert disk.nbd.pread(MIB, 0) == b"\3" * MIB
-    except QmpError as error:
-        assert "snapshot" in str(error)
-    assert image.read_bytes() == before
-
-
-def test_compressed_clusters_are_not_misread(tmp_path):
-    with open(tmp_path / "raw", "wb") as f:
-        f.write(b"\5" * MIB + bytes(MIB))
-    image = tmp_path / "a.qcow2"
-    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", tmp_path / "raw", image)
-    run("qemu-io", "-f", "qcow2", "-c", "write -P 6 1M 64k", image)
-    before = image.read_bytes()
-    with Daemon() as d:
-        d.expected = ["compressed"]
-        try:
-            with Disk(d, image) as disk:
-                for command in (lambda: disk.nbd.pread(65536, 65536), lambda: disk.nbd.pwrite(b"x", 65536)):
-                    with pytest.raises(nbd.Error):
-                        command()
-                assert disk.nbd.pread(65536, MIB) == b"\6" * 65536
-        except QmpError as error:
-            assert "compressed" in str(error)
-    assert image.read_bytes()[65536:] == before[65536:]
+    with Disk(daemon, image) as disk:
+        disk.nbd.pwrite(b"\4" * 100000, 200000)
+        disk.nbd.trim(65536, 0)
+        disk.nbd.zero(65536, 524288)
+        disk.nbd.zero(65536, 655360, nbd.CMD_FLAG_NO_HOLE)
+        disk.nbd.flush()
+        disk.nbd.pwrite(b"\5" * 4096, 655360)
+        now = disk.nbd.pread(2 * MIB, 0)
     run("qemu-img", "check", "-f", "qcow2", image)
+    assert they_read(image, tmp_path / "out")[:2 * MIB] == now
+    run("qemu-img", "snapshot", "-a", "one", image)
+    assert they_read(image, tmp_path / "out")[:MIB] == b"\3" * MIB
+    run("qemu-img", "check", "-f", "qcow2", image)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=64k", "compression_type=zstd", "cluster_size=512", "cluster_size=2M",
+                                     "compat=0.10"])
+def test_compressed_clusters_are_read_and_written_over(daemon, tmp_path, options):
+    rng = random.Random(options)
+    expected = bytearray(b"".join(bytes([rng.randrange(256)]) * rng.randrange(1, 400) for _ in range(20000))[:3 * MIB])
+    raw, image = tmp_path / "raw", tmp_path / "a.qcow2"
+    raw.write_bytes(expected)
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, image)
+    with Disk(daemon, image) as disk:
+        assert disk.nbd.pread(len(expected), 0) == expected
+        for _ in range(30):
+            offset, length = rng.randrange(len(expected) - 70000), rng.randrange(1, 70000)
+            expected[offset:offset + length] = data = rng.randbytes(length)
+            disk.nbd.pwrite(data, offset)
+        disk.nbd.zero(300000, 1000000)
+        expected[1000000:1300000] = bytes(300000)
+        disk.nbd.flush()
+        disk.nbd.pwrite(b"x" * 65536, 1048576)
+        expected[1048576:1048576 + 65536] = b"x" * 65536
+        assert disk.nbd.pread(len(expected), 0) == expected
+    run("qemu-img", "check", "-f", "qcow2", image)
+    assert they_read(image, tmp_path / "out")[:len(expected)] == expected
+
+
+def test_compressed_data_that_is_damaged_is_an_error(tmp_path):
+    raw, image = tmp_path / "raw", tmp_path / "a.qcow2"
+    raw.write_bytes(random.Random(1).randbytes(1000) * 66 + bytes(MIB))
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, image)
+    entry = field(image, field(image, field(image, 40, "Q"), "Q") & 0xFFFFFFFFFFFE00, "Q")
+    patch(image, entry & (1 << 54) - 1, "Q", 0x0707070707070707)
+    with Daemon() as d:
+        d.expected = ["does not decompress"]
+        with Disk(d, image) as disk:
+            with pytest.raises(nbd.Error):
+                disk.nbd.pread(512, 0)
+            assert disk.nbd.pread(65536, MIB - 65536) == bytes(65536)
 
 
 @pytest.mark.parametrize("bits", [1 << 7, 1 << 63 | 1 << 20])

@@ -49,7 +49,8 @@ static void run_append(struct list *l, struct qcow2_run *run)
 {
     struct qcow2_run *last = list_last(l, struct qcow2_run, link);
 
-    if (last && last->first + last->count == run->first && last->ticket == run->ticket) {
+    if (last && last->first + last->count == run->first && last->ticket == run->ticket &&
+        last->shared == run->shared) {
         last->count += run->count;
         free(run);
     } else {
@@ -192,13 +193,23 @@ static int co_fn settle_run(struct qcow2 *q, const struct request *by, struct qc
     return r;
 }
 
+/* What others may use as well. If its count becomes 0 the scan finds it. */
+static int co_fn settle_shared(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
+{
+    int r = qcow2_count_down(q, by, run->first, run->count);
+
+    q->alloc.scan = MIN(q->alloc.scan, run->first);
+    free(run); /* after an error: a leak */
+    return r;
+}
+
 static int co_fn settle_locked(struct qcow2 *q, const struct request *by)
 {
     struct qcow2_run *run;
     int r = 0;
 
     while (r == 0 && (run = next_graced(q)))
-        r = settle_run(q, by, run);
+        r = run->shared ? settle_shared(q, by, run) : settle_run(q, by, run);
     return r;
 }
 

@@ -562,15 +562,11 @@ static int qcow2_header_check_usable(const struct qcow2_header *h, const char *n
                          "node '%s': the image has extended L2 entries (subclusters), which are "
                          "not supported",
                          node_name);
-    if (h->compression_type == QCOW2_COMPRESSION_ZSTD)
-        return error_set(
-            err, ENOTSUP,
-            "node '%s': the image's compression type is 1 (zstd), only 0 (zlib) is supported",
-            node_name);
-    if (h->compression_type != QCOW2_COMPRESSION_ZLIB)
+    if (h->compression_type != QCOW2_COMPRESSION_ZLIB &&
+        h->compression_type != QCOW2_COMPRESSION_ZSTD)
         return error_set(err, ENOTSUP,
-                         "node '%s': the image's compression type is %u, only 0 (zlib) is "
-                         "supported",
+                         "node '%s': the image's compression type is %u, only 0 (zlib) and 1 "
+                         "(zstd) are supported",
                          node_name, h->compression_type);
     if (h->crypt_method != QCOW2_CRYPT_NONE)
         return error_set(err, ENOTSUP,
@@ -596,11 +592,6 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
                          "node '%s': the image is marked dirty, its refcounts may be wrong: open "
                          "it with read-only=on, or repair it with `qemu-img check -r all`",
                          node_name);
-    if (header->snapshot_count > 0)
-        return error_set(err, ENOTSUP,
-                         "node '%s': the image has internal snapshots (%" PRIu32
-                         "), with which writing is not supported: open it with read-only=on",
-                         node_name, header->snapshot_count);
     return 0;
 }
 

@@ -279,11 +279,8 @@ int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret
     if (likely((entry & ~QCOW2_L2_OFFSET_MASK) == QCOW2_COPIED && (entry & QCOW2_L2_OFFSET_MASK))) {
         *ret = QCOW2_ENTRY_DATA;
     } else if (entry & QCOW2_L2_COMPRESSED) {
-        if (!atomic_swap(&q->broken_told, true))
-            log_warning(
-                "node '%s': compressed clusters are not supported yet: requests to them fail",
-                node_name(q->node));
-        return -ENOTSUP;
+        *ret = QCOW2_ENTRY_COMPRESSED;
+        return 0;
     } else if (entry & reserved) {
         return qcow2_damaged(q, "an L2 entry has reserved bits set: %#" PRIx64, entry);
     } else if (entry & QCOW2_L2_ZERO) {
@@ -313,6 +310,8 @@ static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t entry, 
         return qcow2_entry_kind(q, entry, &kind, &host) == 0 && kind == QCOW2_ENTRY_ZERO;
     case MAPPING_BELOW:
         return !entry;
+    case MAPPING_ENCODED:
+        break;
     }
     return false;
 }
@@ -330,16 +329,26 @@ static uint64_t length_without_table(const struct qcow2 *q, uint64_t offset, uin
     return MIN(len, (index << covered_bits) - offset);
 }
 
+static enum mapping_kind mapping_of(enum qcow2_entry_kind kind)
+{
+    static const enum mapping_kind kinds[] = {
+        [QCOW2_ENTRY_BELOW] = MAPPING_BELOW,
+        [QCOW2_ENTRY_ZERO] = MAPPING_ZERO,
+        [QCOW2_ENTRY_DATA] = MAPPING_DATA,
+        [QCOW2_ENTRY_COMPRESSED] = MAPPING_ENCODED,
+    };
+
+    return kinds[kind];
+}
+
 static int map_entry(struct qcow2 *q, uint64_t entry, uint64_t in_cluster, struct mapping *ret)
 {
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
     uint64_t host;
     int r = qcow2_entry_kind(q, entry, &kind, &host);
 
-    ret->kind = kind == QCOW2_ENTRY_DATA   ? MAPPING_DATA
-                : kind == QCOW2_ENTRY_ZERO ? MAPPING_ZERO
-                                           : MAPPING_BELOW;
-    ret->host_offset = host + in_cluster;
+    ret->kind = mapping_of(kind);
+    ret->host_offset = kind == QCOW2_ENTRY_COMPRESSED ? entry : host + in_cluster;
     ret->len = qcow2_cluster_size(q) - in_cluster;
     return r;
 }
@@ -443,17 +452,72 @@ static int co_fn make_table(struct qcow2 *q, const struct request *by, uint64_t 
     return 0;
 }
 
-static int co_fn need_table(struct qcow2 *q, const struct request *by, uint64_t slice_index)
+static int co_fn copy_table(struct qcow2 *q, const struct request *by, uint64_t from, uint64_t to)
+{
+    size_t bytes = (size_t)qcow2_cluster_size(q);
+    struct iobuf *b = iobuf_new(bytes);
+    int r = b ? qcow2_read_meta(q, by, from, b, 0, bytes) : -ENOMEM;
+
+    if (r == 0)
+        r = qcow2_write_meta(q, by, to, b, 0, bytes);
+    iobuf_unref(b);
+    return r;
+}
+
+/*
+ * A table that a snapshot uses, too, is never changed: it is what the disk holds of it, and so are its cached slices. The copy
+ * has the same entries, and their clusters are counted for both already.
+ */
+static int co_fn unshare_table(struct qcow2 *q, const struct request *by, uint64_t slice_index)
+{
+    uint64_t old = l1_get(q, slice_index);
+    struct qcow2_run *run = try_new(struct qcow2_run);
+    struct qcow2_extent at;
+    int r = run ? qcow2_alloc_get(q, by, 1, &at) : -ENOMEM;
+
+    if (r < 0) {
+        free(run);
+        return r;
+    }
+    r = copy_table(q, by, old, at.host_offset);
+    if (r < 0) {
+        free(run);
+        qcow2_alloc_put(q, at.host_offset, 1);
+        return r;
+    }
+    *run = (struct qcow2_run){.first = old >> q->cluster_bits, .count = 1, .shared = true};
+    list_init(&run->link);
+    l1_set(q, l1_index(q, slice_index), at.host_offset, true);
+    tiny_lock_acquire(&q->lock);
+    qcow2_free_locked(q, run);
+    tiny_lock_release(&q->lock);
+    return 0;
+}
+
+/* Is there a table that entries may be changed in? */
+static bool has_own_table(const struct qcow2 *q, uint64_t slice_index)
+{
+    /* Acquire: as l1_get(). */
+    uint64_t entry = atomic_get_acquire(&q->map.l1[l1_index(q, slice_index)]);
+
+    return (entry & QCOW2_L1_OFFSET_MASK) && (entry & QCOW2_COPIED);
+}
+
+/* With `create` there is one afterwards; in any case it is ours alone if there is one. */
+static int co_fn need_table(struct qcow2 *q, const struct request *by, uint64_t slice_index,
+                            bool create)
 {
     int r;
 
-    if (l1_get(q, slice_index))
+    if (has_own_table(q, slice_index) || (!create && !l1_get(q, slice_index)))
         return 0;
     r = co_mutex_lock_until(&q->map.create, LOOP_FOREVER);
     if (r < 0)
         return r;
     if (!l1_get(q, slice_index))
         r = make_table(q, by, slice_index);
+    else if (!has_own_table(q, slice_index))
+        r = unshare_table(q, by, slice_index);
     co_mutex_unlock(&q->map.create);
     return r;
 }
@@ -462,7 +526,7 @@ int qcow2_slice_pin(struct qcow2 *q, const struct request *by, uint64_t guest_cl
                     struct qcow2_slice **ret)
 {
     uint64_t index = guest_cluster >> q->slice_bits;
-    int r = create ? need_table(q, by, index) : 0;
+    int r = need_table(q, by, index, create);
 
     *ret = NULL;
     while (r == 0 && !*ret) {

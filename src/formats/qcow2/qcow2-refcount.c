@@ -36,7 +36,7 @@ uint64_t qcow2_count_get(const struct qcow2 *q, const uint8_t *bytes, uint64_t i
     }
 }
 
-void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, unsigned value)
+void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, uint64_t value)
 {
     unsigned bits = 1u << q->refcount_order;
     uint8_t *at = bytes + i * bits / 8;
@@ -49,7 +49,7 @@ void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, unsigned
         store_be16(at, (uint16_t)value);
         break;
     case 5:
-        store_be32(at, value);
+        store_be32(at, (uint32_t)value);
         break;
     case 6:
         store_be64(at, value);
@@ -226,6 +226,37 @@ int qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first, u
         }
     }
     return 1;
+}
+
+int qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
+{
+    uint64_t entries = qcow2_block_entries(q);
+    int r = 0;
+
+    while (count && r == 0) {
+        uint64_t index = first / entries;
+        uint64_t from = first % entries;
+        uint64_t n = MIN(count, entries - from);
+        struct qcow2_refblock *block;
+        bool wrong = false;
+
+        if (index >= q->alloc.table_size || !q->alloc.table[index])
+            return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", first);
+        r = qcow2_block_get(q, by, index, &block);
+        for (uint64_t i = from; r == 0 && i < from + n; i++) {
+            uint64_t value = qcow2_count_get(q, block->bytes, i);
+
+            wrong |= !value;
+            qcow2_count_set(q, block->bytes, i, value ? value - 1 : 0);
+        }
+        if (r == 0)
+            r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
+        if (wrong)
+            (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is 0", first);
+        first += n;
+        count -= n;
+    }
+    return r;
 }
 
 int qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset, uint64_t *ret)

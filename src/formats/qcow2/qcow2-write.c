@@ -62,58 +62,129 @@ struct placing {
     uint64_t count;
     bool was_zero; /* they read as zeroes: so does what is not written */
     bool reuses;   /* they keep the host cluster that they have */
+    struct qcow2_run
+        *replaces; /* what they have is shared or compressed, and is freed then; or NULL */
     struct qcow2_extent at;
 };
+
+static struct qcow2_run *new_run(uint64_t first, uint64_t count, bool shared)
+{
+    struct qcow2_run *run = try_new(struct qcow2_run);
+
+    if (run) {
+        list_init(&run->link);
+        run->first = first;
+        run->count = count;
+        run->shared = shared;
+    }
+    return run;
+}
+
+/* The host clusters that an entry uses, to be freed when it is gone. NULL without memory. */
+static struct qcow2_run *run_of(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind,
+                                uint64_t host)
+{
+    uint64_t first;
+    uint64_t len;
+
+    if (kind != QCOW2_ENTRY_COMPRESSED)
+        return new_run(host >> q->cluster_bits, 1, !(entry & QCOW2_COPIED));
+    qcow2_compressed_place(q, entry, &host, &len);
+    first = host >> q->cluster_bits;
+    return new_run(first, ((host + len - 1) >> q->cluster_bits) - first + 1, true);
+}
+
+/* One cluster, which keeps its content elsewhere until the new place has it. */
+static int replace_first(struct qcow2 *q, struct placing *p, uint64_t entry,
+                         enum qcow2_entry_kind kind, uint64_t host)
+{
+    p->count = 1;
+    p->was_zero = kind == QCOW2_ENTRY_ZERO;
+    p->replaces = run_of(q, entry, kind, host);
+    return p->replaces ? 0 : -ENOMEM;
+}
+
+/* Is it used by others as well? If not, it is noted as ours, and written in place: 0 clusters. */
+static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, struct placing *p,
+                                uint64_t entry, uint64_t host)
+{
+    uint64_t refcount;
+    int r = qcow2_refcount(q, req, host, &refcount);
+
+    if (r < 0)
+        return r;
+    if (refcount != 1)
+        return replace_first(q, p, entry, QCOW2_ENTRY_DATA, host);
+    tiny_lock_acquire(&q->lock);
+    qcow2_entry_set_locked(q, p->slice, p->cluster, entry | QCOW2_COPIED, false);
+    tiny_lock_release(&q->lock);
+    p->count = 0;
+    return 0;
+}
+
+/* Zeroes with a cluster of their own: it is taken if nobody else uses it. */
+static int co_fn look_at_zeroes(struct qcow2 *q, const struct request *req, struct placing *p,
+                                uint64_t entry, uint64_t host)
+{
+    uint64_t refcount;
+    int r = qcow2_refcount(q, req, host, &refcount);
+
+    if (r < 0)
+        return r;
+    if (refcount != 1)
+        return replace_first(q, p, entry & ~QCOW2_COPIED, QCOW2_ENTRY_ZERO, host);
+    p->count = 1;
+    p->was_zero = true;
+    p->reuses = true;
+    p->at = (struct qcow2_extent){.host_offset = host, .count = 1};
+    return 0;
+}
+
+/* What is the first cluster, if it has a place? 0: it has none. */
+static int co_fn look_at_first(struct qcow2 *q, const struct request *req, struct placing *p)
+{
+    uint64_t entry = qcow2_entry(q, p->slice, p->cluster);
+    enum qcow2_entry_kind kind;
+    uint64_t host;
+    int r = qcow2_entry_kind(q, entry, &kind, &host);
+
+    if (r < 0)
+        return r;
+    if (kind == QCOW2_ENTRY_COMPRESSED) {
+        r = replace_first(q, p, entry, kind, 0);
+    } else if (kind == QCOW2_ENTRY_DATA && entry & QCOW2_COPIED) {
+        p->count = 0; /* somebody was faster */
+    } else if (kind == QCOW2_ENTRY_DATA) {
+        r = look_at_shared(q, req, p, entry, host);
+    } else if (host) {
+        r = look_at_zeroes(q, req, p, entry, host);
+    } else {
+        return 0;
+    }
+    return r < 0 ? r : 1;
+}
 
 /* What are the clusters, as far as they are of one kind? 0 clusters: the first one is written in place. */
 static int co_fn look_again(struct qcow2 *q, const struct request *req, struct placing *p)
 {
     uint64_t most = p->count;
+    int r = look_at_first(q, req, p);
 
-    p->count = 0;
-    while (p->count < most) {
+    if (r)
+        return r < 0 ? r : 0;
+    for (p->count = 0; p->count < most; p->count++) {
         uint64_t entry = qcow2_entry(q, p->slice, p->cluster + p->count);
         enum qcow2_entry_kind kind;
         uint64_t host;
-        int r = qcow2_entry_kind(q, entry, &kind, &host);
-        bool zero = kind == QCOW2_ENTRY_ZERO;
-        uint64_t refcount;
+        bool zero;
 
-        if (r < 0)
-            return p->count ? 0 : r;
-        if (kind == QCOW2_ENTRY_DATA || (p->count && (zero != p->was_zero || host)))
+        if (qcow2_entry_kind(q, entry, &kind, &host) < 0)
+            break; /* its own request tells */
+        zero = kind == QCOW2_ENTRY_ZERO;
+        if (host || (!zero && kind != QCOW2_ENTRY_BELOW) || (p->count && zero != p->was_zero))
             break;
         p->was_zero = zero;
-        p->count++;
-        if (!host)
-            continue;
-        r = qcow2_refcount(q, req, host, &refcount);
-        p->reuses = refcount == 1;
-        p->at = (struct qcow2_extent){.host_offset = host, .count = 1};
-        return r;
     }
-    return 0;
-}
-
-/* Used more than once, or not known to be: a cluster of data that must not be written to. */
-static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, struct placing *p)
-{
-    uint64_t entry = qcow2_entry(q, p->slice, p->cluster);
-    enum qcow2_entry_kind kind;
-    uint64_t refcount;
-    uint64_t host;
-    int r = qcow2_entry_kind(q, entry, &kind, &host);
-
-    if (r < 0 || kind != QCOW2_ENTRY_DATA || entry & QCOW2_COPIED)
-        return r;
-    r = qcow2_refcount(q, req, host, &refcount);
-    if (r < 0)
-        return r;
-    if (refcount != 1)
-        return qcow2_damaged(q, "a cluster is used more than once, and there are no snapshots");
-    tiny_lock_acquire(&q->lock); /* it is ours: say so, and write in place */
-    qcow2_entry_set_locked(q, p->slice, p->cluster, entry | QCOW2_COPIED, false);
-    tiny_lock_release(&q->lock);
     return 0;
 }
 
@@ -141,7 +212,7 @@ static int co_fn read_old(struct qcow2 *q, const struct request *req, const stru
     old.iov = &iov;
     old.iov_count = 1;
     old.hold = b;
-    return inside ? chain_co_read_below(q->node, &old) : 0;
+    return inside ? chain_co_read(q->node, &old) : 0; /* what is published still */
 }
 
 /* Whole clusters: what was there before, with the request's data over it. */
@@ -190,7 +261,7 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
 }
 
 /* WRITE-2. What pointed to zeroes may point to fresh space before the data is there: it reads the same. */
-static void publish(struct qcow2 *q, const struct placing *p)
+static void publish(struct qcow2 *q, struct placing *p)
 {
     bool ordered = !(p->was_zero && p->at.fresh);
 
@@ -199,6 +270,11 @@ static void publish(struct qcow2 *q, const struct placing *p)
         qcow2_entry_set_locked(q, p->slice, p->cluster + i,
                                (p->at.host_offset + (i << q->cluster_bits)) | QCOW2_COPIED,
                                ordered);
+    if (p->replaces) {
+        qcow2_plain_forget_locked(q);
+        qcow2_free_locked(q, p->replaces);
+        p->replaces = NULL;
+    }
     tiny_lock_release(&q->lock);
     chain_changed(q->node, p->cluster << q->cluster_bits, p->count << q->cluster_bits);
 }
@@ -211,9 +287,9 @@ static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing
     int r = look_again(q, req, p);
 
     *ret_len = 0;
-    if (r == 0 && !p->count)
-        return look_at_shared(q, req, p);
-    if (r == 0 && !p->was_zero) {
+    if (r < 0 || !p->count)
+        return r;
+    if (!p->was_zero && !p->replaces) {
         r = chain_co_zero_below(q->node, req, p->cluster << q->cluster_bits,
                                 p->count << q->cluster_bits);
         p->was_zero = r == 1;
@@ -253,6 +329,7 @@ static int co_fn write_placing(struct qcow2 *q, struct request *req, uint64_t do
     r = qcow2_slice_pin(q, req, first, true, &p.slice);
     if (r == 0 && p.slice) {
         r = place_held(q, req, &p, done, ret_len);
+        free(p.replaces); /* it was not */
         qcow2_slice_unpin(q, p.slice);
     }
     overlap_end(&q->ranges, &range);
@@ -293,10 +370,10 @@ static uint64_t cleared_entry(const struct qcow2 *q, uint64_t entry, enum qcow2_
 {
     bool zero_is_none = unmapped_is_zero(q);
 
-    *ret_frees = host && how != QCOW2_ZERO;
+    *ret_frees = kind == QCOW2_ENTRY_COMPRESSED || (host && how != QCOW2_ZERO);
     if (how == QCOW2_ZERO && host)
         return entry | QCOW2_L2_ZERO;
-    if (!host && (kind == QCOW2_ENTRY_ZERO || how == QCOW2_DISCARD || zero_is_none))
+    if (!*ret_frees && (kind == QCOW2_ENTRY_ZERO || how == QCOW2_DISCARD || zero_is_none))
         return entry;
     /* Version 2 comes here where nothing lies below. */
     return zero_is_none || q->version < 3 ? 0 : QCOW2_L2_ZERO;
@@ -306,18 +383,6 @@ static uint64_t cleared_entry(const struct qcow2 *q, uint64_t entry, enum qcow2_
 static bool can_clear(const struct qcow2 *q, enum qcow2_clearing how)
 {
     return q->version >= 3 || (unmapped_is_zero(q) && how != QCOW2_ZERO);
-}
-
-static struct qcow2_run *new_run(const struct qcow2 *q, uint64_t host)
-{
-    struct qcow2_run *run = try_new(struct qcow2_run);
-
-    if (run) {
-        list_init(&run->link);
-        run->first = host >> q->cluster_bits;
-        run->count = 1;
-    }
-    return run;
 }
 
 static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster,
@@ -337,7 +402,7 @@ static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluste
     if (becomes == entry)
         return 0;
     if (frees) {
-        run = new_run(q, host);
+        run = run_of(q, entry, kind, host);
         if (!run)
             return -ENOMEM;
     }
@@ -345,8 +410,10 @@ static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluste
         atomic_set(&q->zeroed_in_place, true);
     tiny_lock_acquire(&q->lock);
     qcow2_entry_set_locked(q, s, cluster, becomes, false);
-    if (run)
+    if (run) {
+        qcow2_plain_forget_locked(q);
         qcow2_free_locked(q, run);
+    }
     tiny_lock_release(&q->lock);
     return 0;
 }

@@ -185,6 +185,7 @@ static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
     while (qcow2_slice_bytes(q) > QCOW2_SLICE_BYTES_MAX)
         q->slice_bits--;
     q->refcount_order = header->refcount_order;
+    q->compression_type = header->compression_type;
     q->names_backing = header->backing_file;
     node_set_size(q->node, header->size);
     node_set_preferred_alignment(q->node, node_preferred_alignment(edge_node(q->file)));
@@ -207,6 +208,7 @@ static int co_fn open_tables(struct qcow2 *q, const struct request *by,
 
 static void release(struct qcow2 *q)
 {
+    free(q->plain);
     qcow2_map_release(q);
     qcow2_alloc_release(q);
 }
@@ -294,6 +296,7 @@ const struct driver qcow2_driver = {
     .co_open = qcow2_co_open,
     .co_close = qcow2_co_close,
     .co_map = qcow2_co_map,
+    .co_read_encoded = qcow2_co_read_encoded,
     .co_write = qcow2_co_write,
     .co_write_zeroes = qcow2_co_write_zeroes,
     .co_discard = qcow2_co_discard,

@@ -82,6 +82,8 @@ struct qcow2_run {
     uint64_t first; /* number of a host cluster */
     uint64_t count;
     uint64_t ticket; /* of those that wait for their readers (Q1) */
+    bool
+        shared; /* of freed ones: others may use them as well; they are counted down, and no more */
 };
 
 struct qcow2_refblock {
@@ -130,12 +132,17 @@ struct qcow2 {
     unsigned l2_bits;    /* of the number of entries of an L2 table */
     unsigned slice_bits; /* of the number of entries of a slice */
     unsigned refcount_order;
-    bool names_backing; /* the image does, whatever was opened as one */
+    unsigned compression_type; /* enum qcow2_compression */
+    bool names_backing;        /* the image does, whatever was opened as one */
     bool writable;
 
     bool zeroed_in_place; /* atomic: clusters read as zeroes that writers may still be writing to */
     bool broken_told;     /* atomic: the log has a line about damage */
     bool needs_reopen; /* atomic; D3: the header may say otherwise than we do: no more metadata */
+
+    /* Protected by lock. */
+    struct qcow2_plain *plain; /* what was decompressed last (COMPRESS-1) */
+    uint64_t plain_turn;
 
     struct overlap ranges; /* guest ranges whose mappings change (Q2) */
     struct tiny_lock lock;
@@ -177,11 +184,16 @@ int co_fn qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t off
 /* The first guest cluster in [first, end) that has an L2 table; `end` if there is none. */
 uint64_t qcow2_next_mapped(const struct qcow2 *q, uint64_t first, uint64_t end);
 
-enum qcow2_entry_kind { QCOW2_ENTRY_BELOW, QCOW2_ENTRY_ZERO, QCOW2_ENTRY_DATA };
+enum qcow2_entry_kind {
+    QCOW2_ENTRY_BELOW,
+    QCOW2_ENTRY_ZERO,
+    QCOW2_ENTRY_DATA,
+    QCOW2_ENTRY_COMPRESSED,
+};
 
 /*
- * What an L2 entry says. `ret_host`: the cluster, 0 if there is none (of data there is). -EIO for one that is damaged, -ENOTSUP
- * for a compressed one.
+ * What an L2 entry says. `ret_host`: the cluster, 0 if there is none (of data there is; compressed ones have none). -EIO for
+ * one that is damaged.
  */
 int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret,
                      uint64_t *ret_host);
@@ -208,6 +220,17 @@ void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t gue
 uint64_t qcow2_slice_offset(const struct qcow2 *q, uint64_t slice_index);
 size_t qcow2_slice_bytes(const struct qcow2 *q);
 
+/* ---- qcow2-compress.c ---- */
+
+struct qcow2_plain;
+
+int co_fn qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry);
+/* Where the bytes of a compressed cluster lie, to the end of their last sector. */
+void qcow2_compressed_place(const struct qcow2 *q, uint64_t entry, uint64_t *ret_offset,
+                            uint64_t *ret_len);
+/* Under qcow2.lock: compressed bytes are being freed. */
+void qcow2_plain_forget_locked(struct qcow2 *q);
+
 /* ---- qcow2-refcount.c, all under alloc.lock ---- */
 
 static inline uint64_t qcow2_block_entries(const struct qcow2 *q)
@@ -217,7 +240,7 @@ static inline uint64_t qcow2_block_entries(const struct qcow2 *q)
 
 /* Entry i of a block. */
 uint64_t qcow2_count_get(const struct qcow2 *q, const uint8_t *bytes, uint64_t i);
-void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, unsigned value);
+void qcow2_count_set(const struct qcow2 *q, uint8_t *bytes, uint64_t i, uint64_t value);
 /* An empty one; NULL without memory. */
 struct qcow2_refblock *qcow2_block_new(struct qcow2 *q, uint64_t index);
 /* From now on it is the cache's. */
@@ -231,6 +254,9 @@ int co_fn qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t 
 /* The counts of clusters that have blocks, from `was` to `becomes`; what is otherwise is left, and told. */
 int co_fn qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
                         unsigned was, unsigned becomes);
+/* One less for each. */
+int co_fn qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first,
+                           uint64_t count);
 int co_fn qcow2_read_refcount_table(struct qcow2 *q, const struct request *by);
 /* 1 if all of these have refcount 1, else 0, or a negative errno. */
 int co_fn qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first,
