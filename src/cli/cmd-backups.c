@@ -5,6 +5,7 @@
 #include "cli/cli.h"
 #include "cli/progress.h"
 
+#include <assert.h>
 #include <stdio.h>
 
 static void print_point(const struct point *p)
@@ -39,6 +40,7 @@ static int backups_run(int argc, char **argv, struct error **err)
         r = catalogue_open(&c, argv[optind], err);
     if (r < 0)
         return r;
+    assert(c);
     if (json)
         list = json_array();
     else if (!c->count)

@@ -231,7 +231,7 @@ static int wait_for_daemon(struct serve *s)
 /* Until it answers, or has ended. 1: it answers. 0: it is to end, or has. */
 static int wait_until_ready(const struct serve *s, struct error **err)
 {
-    const struct timespec moment = {.tv_nsec = 5 * 1000 * 1000};
+    const struct timespec moment = {.tv_nsec = 5000000L};
     uint64_t deadline = progress_now_ms() + START_MS;
 
     for (;;) {
@@ -409,7 +409,8 @@ static int serve_run(int argc, char **argv, struct error **err)
     if (r == 0)
         r = cli_check_arguments(argc, 1, 1, "DISK", err);
     if (r == 0) {
-        s.disk = disk = absolute(argv[optind]);
+        disk = absolute(argv[optind]);
+        s.disk = disk;
         r = prepare(&s, err);
     }
     if (r == 0) {

@@ -10,6 +10,7 @@
 #include "loop/loop.h"
 #include "protocols/list.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -60,6 +61,7 @@ const char *layers_probe(const char *path, const void *bytes, size_t len)
 {
     const uint8_t *b = bytes;
 
+    assert(b);
     if (len >= 8 && memcmp(b, "QFI\xfb", 4) == 0) {
         uint32_t version = (uint32_t)b[4] << 24 | (uint32_t)b[5] << 16 | (uint32_t)b[6] << 8 | b[7];
 
@@ -182,6 +184,7 @@ static int add_layer(struct resolution *x, const char *path, const char *format,
 
     if (r < 0)
         return r;
+    assert(layer.format);
     for (size_t i = 0; i < l->count; i++) {
         if (x->seen[i].dev == image->dev && x->seen[i].ino == image->ino)
             return error_set(err, ELOOP, "'%s' names '%s' as its backing file, which is above it",
@@ -215,7 +218,7 @@ static int co_fn control_fn take_layer(struct resolution *x, char **path, char *
         return r;
     r = add_layer(x, *path, *format, &image, err);
     layer = r == 0 ? &x->layers.v[x->layers.count - 1] : NULL;
-    if (r == 0 && strcmp(layer->format, "qcow2") == 0) {
+    if (layer && strcmp(layer->format, "qcow2") == 0) {
         r = qcow2_header_parse(&header, image.bytes, image.len, image.size, *path, err);
         if (r == 0) {
             r = qcow2_header_check_supported(&header, x->read_only || x->layers.count > 1, *path,

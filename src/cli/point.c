@@ -5,6 +5,7 @@
 #include "base/macros.h"
 #include "cli/catalogue.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -136,6 +137,7 @@ static int read_members(struct point *p, const json_t *tree, struct error **err)
         (r = read_string(tree, "generation", false, &p->generation, err)) < 0 ||
         (r = read_string(tree, "reason", true, &p->reason, err)) < 0)
         return r;
+    assert(kind && format); /* they are not optional */
     p->full = strcmp(kind, "full") == 0;
     if (!p->full && strcmp(kind, "incremental") != 0)
         return wrong("kind", "is neither 'full' nor 'incremental'", err);
@@ -147,6 +149,7 @@ static int check_members(const struct point *p, const char *id, struct error **e
 {
     AUTO(free_ptr) char *image = xasprintf("%s.qcow2", id);
 
+    assert(p->id && p->time && p->image && p->generation); /* they are not optional */
     if (!point_id_valid(p->id) || strcmp(p->id, id) != 0)
         return wrong("id", "is not what the file is called", err);
     if (strcmp(p->image, image) != 0)

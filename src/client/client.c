@@ -252,7 +252,7 @@ static int connect_socket(struct cairn_client *c, int64_t deadline, struct cairn
     if (c->fd < 0)
         return fail(err, errno, "cannot make a socket: %s", strerror(errno));
     while (connect(c->fd, (const struct sockaddr *)(const void *)&to, sizeof(to)) < 0) {
-        const struct timespec moment = {.tv_nsec = 5 * 1000 * 1000};
+        const struct timespec moment = {.tv_nsec = 5000000L};
 
         /* A Unix socket whose queue is full says EAGAIN, and poll(2) does not wait for room in it. */
         if (errno != EAGAIN && errno != EINTR)
