@@ -28,8 +28,7 @@ struct point {
     struct bitmap *uncaught; /* POINT-1 */
     struct overlap overlap;
     struct saved saved;
-    uint64_t scratch_end; /* atomic: what is given out of the scratch file */
-    uint32_t broken;      /* atomic: 0 or a positive errno */
+    uint32_t broken; /* atomic: 0 or a positive errno */
 };
 
 static int co_fn control_fn open_scratch(struct point *p, struct error **err)
@@ -118,37 +117,36 @@ static int caught(struct point *p, uint64_t offset, uint64_t len)
     return 0;
 }
 
-/* To the scratch file, if there is room in it. */
+/* To the scratch file, as much of it as there is room for in one piece. */
 static int co_fn spill(struct point *p, struct saved_run *run, struct iobuf *b, uint8_t *data)
 {
-    struct iovec iov = {data, run->len};
+    struct iovec iov = {.iov_base = data};
+    int r = p->scratch ? saved_take_scratch(&p->saved, run, p->options.scratch_max_bytes) : -ENOSPC;
 
-    if (!p->scratch)
-        return -ENOSPC;
-    run->scratch_offset = atomic_add(&p->scratch_end, run->len);
-    if (run->scratch_offset + run->len > p->options.scratch_max_bytes)
-        return -ENOSPC;
+    if (r < 0)
+        return r;
+    iov.iov_len = run->len;
     return file_co_write(p->scratch, run->scratch_offset, &iov, 1, false, b);
 }
 
-/* What lies within one region: to memory while that has room. */
+/* What lies within one region, or a first part of it: to memory while that has room. */
 static int co_fn store_run(struct point *p, uint64_t offset, uint64_t len, struct iobuf *b,
-                           uint8_t *data)
+                           uint8_t *data, uint64_t *ret_len)
 {
-    bool in_memory = saved_reserve(&p->saved, len, p->options.ram_bytes);
-    struct saved_run *run = saved_run_new(offset, len, in_memory);
+    struct saved_run *run = saved_run_new(offset, len);
     int r = 0;
 
     if (!run)
         return -ENOMEM;
-    if (in_memory)
+    if (saved_take_memory(&p->saved, run, p->options.ram_bytes))
         memcpy(run->data, data, len);
     else
         r = spill(p, run, b, data);
     if (r < 0) {
-        free(run);
+        free(run); /* its scratch space stays out of use (SAVED-1) */
         return r;
     }
+    *ret_len = run->len;
     saved_insert(&p->saved, run);
     return 0;
 }
@@ -162,7 +160,7 @@ static int co_fn store(struct point *p, uint64_t offset, uint64_t len, struct io
         uint64_t at = offset + done;
         uint64_t step = MIN(len - done, align_down(at, SAVED_REGION) + SAVED_REGION - at);
 
-        r = store_run(p, at, step, b, b->data + done);
+        r = store_run(p, at, step, b, b->data + done, &step);
         done += step;
     }
     return r;
@@ -404,5 +402,6 @@ void point_release(struct point *p, uint64_t offset, uint64_t len)
 
 bool point_urgent(struct point *p, uint64_t *ret_offset, uint64_t *ret_len)
 {
-    return saved_oldest(&p->saved, p->options.ram_bytes / 2, ret_offset, ret_len);
+    return saved_oldest(&p->saved, p->options.ram_bytes / 2, p->options.scratch_max_bytes / 2,
+                        ret_offset, ret_len);
 }

@@ -72,7 +72,7 @@ int co_fn point_co_pull(struct point *p, struct backend *source, struct copy_pie
 void co_fn point_co_leave_out(struct point *p, uint64_t offset, uint64_t len);
 /* The target has this: what was saved of it can go. */
 void point_release(struct point *p, uint64_t offset, uint64_t len);
-/* A saved range that should leave memory soon: there is, when half of the memory is in use. */
+/* A saved range that should leave memory or scratch soon: there is, when half of either is in use. */
 bool point_urgent(struct point *p, uint64_t *ret_offset, uint64_t *ret_len);
 
 /* 0, or why the point broke: a negative errno. Any thread. */

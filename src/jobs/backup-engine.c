@@ -15,6 +15,8 @@
 
 /* How often a backup without work of its own looks whether its point still stands. */
 #define LOOK_NS (50 * NS_PER_MS)
+/* How long a backup that has failed waits for its target's flush. */
+#define LAST_FLUSH_NS NS_PER_S
 
 struct backup {
     /* Set by backup_co_new(), then constant. */
@@ -22,6 +24,7 @@ struct backup {
     char *source_name;
     char *filter_name; /* or NULL */
     enum backup_sync sync;
+    bool keeps_partial;
     const struct bitmap *bitmap; /* within the change */
     const struct copy_policy *policy;
     void *policy_arg;
@@ -38,6 +41,7 @@ struct backup {
     struct replace_action replace;
 
     struct copy copy;
+    bool durable;   /* set before backup_co_run() returns */
     uint64_t done;  /* atomic */
     uint64_t total; /* atomic */
 };
@@ -116,6 +120,7 @@ int backup_co_new(struct backup **ret, struct graph *g, const struct backup_opti
     b->source_name = xstrdup(o->source);
     b->filter_name = o->filter_name ? xstrdup(o->filter_name) : NULL;
     b->sync = o->sync;
+    b->keeps_partial = o->keeps_partial;
     b->policy = o->policy;
     b->policy_arg = o->policy_arg;
     b->size = size;
@@ -385,7 +390,34 @@ static int co_fn wait_for_cancel(struct backup *b)
     return r;
 }
 
-int backup_co_run(struct backup *b)
+static int co_fn flush_target(struct backup *b)
+{
+    struct request flush = {.kind = REQUEST_FLUSH};
+    int r = backend_co_request(b->target, &flush);
+
+    b->durable = r == 0;
+    return r;
+}
+
+static void co_fn flush_main(void *arg)
+{
+    (void)flush_target(arg); /* b->durable tells */
+}
+
+/* C3: bits of what was copied are given up only when the target has it. Whoever cancels waits no longer than this (P4). */
+static void co_fn flush_after_failure(struct backup *b)
+{
+    struct co_scope scope;
+
+    co_scope_init(&scope);
+    co_scope_set_deadline(&scope, loop_clock() + LAST_FLUSH_NS);
+    co_shield_begin();
+    (void)co_scope_start(&scope, flush_main, b); /* no memory: it is not durable */
+    co_scope_join(&scope);
+    co_shield_end();
+}
+
+static int co_fn copy_all(struct backup *b)
 {
     int r = backend_attach(b->source);
 
@@ -399,14 +431,19 @@ int backup_co_run(struct backup *b)
         return r;
     copy_init(&b->copy);
     r = copy_co_run(&b->copy);
-    if (r == 0) {
-        struct request flush = {.kind = REQUEST_FLUSH};
-
-        r = backend_co_request(b->target,
-                               &flush); /* what is reported as done is on the target's disk */
-    }
+    if (r == 0)
+        r = flush_target(b); /* what is reported as done is on the target's disk */
     if (r == 0 && point_broken(b->point))
         r = -ESTALE;
+    return r;
+}
+
+int backup_co_run(struct backup *b)
+{
+    int r = copy_all(b);
+
+    if (r < 0 && b->keeps_partial && !b->durable && atomic_get(&b->done))
+        flush_after_failure(b);
     return r;
 }
 
@@ -424,6 +461,11 @@ void backup_progress(const struct backup *b, uint64_t *ret_done, uint64_t *ret_t
 {
     *ret_done = atomic_get(&b->done);
     *ret_total = MAX(atomic_get(&b->total), *ret_done);
+}
+
+bool backup_is_durable(const struct backup *b)
+{
+    return b->durable;
 }
 
 const struct bitmap *backup_uncopied(const struct backup *b)

@@ -33,6 +33,7 @@ struct backup_options {
     const char *filter_name; /* NULL: a made-up one */
     enum backup_sync sync;
     struct point_options point; /* the size is filled in */
+    bool keeps_partial; /* what was copied counts after a failure, too: it is made durable then */
     unsigned workers;
     uint64_t chunk;
     uint64_t speed;
@@ -61,6 +62,8 @@ struct backup *co_fn control_fn backup_co_free(struct backup *b);
 void backup_set_speed(struct backup *b, uint64_t bytes_per_second);
 /* Bytes that are copied, and that are to be copied in all. Any thread. */
 void backup_progress(const struct backup *b, uint64_t *ret_done, uint64_t *ret_total);
+/* Whether all that was copied is on the target's disk (C3): after success, and after a failure if that could still be reached. */
+bool backup_is_durable(const struct backup *b);
 /* What was not copied, after backup_co_run() failed; and what errors that are ignored have left out. */
 const struct bitmap *backup_uncopied(const struct backup *b);
 const struct bitmap *backup_skipped(const struct backup *b);

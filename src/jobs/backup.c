@@ -87,9 +87,10 @@ static int co_fn backup_job_co_run(struct job *job, struct error **err)
     return r;
 }
 
+/* C3: what was copied before a failure loses its bits only if it is durable. */
 static bool begins_anew(const struct backup_job *b)
 {
-    return b->mode == BITMAP_SYNC_MODE_ALWAYS ||
+    return (b->mode == BITMAP_SYNC_MODE_ALWAYS && backup_is_durable(b->backup)) ||
            (b->mode == BITMAP_SYNC_MODE_ON_SUCCESS && b->succeeded);
 }
 
@@ -257,6 +258,7 @@ static int co_fn control_fn make_backup(struct backup_job *b, struct graph *g,
         .target = o->target,
         .filter_name = o->filter_node_name,
         .sync = sync_of(o->sync),
+        .keeps_partial = b->bitmap.name && b->mode == BITMAP_SYNC_MODE_ALWAYS,
         .workers = o->x_perf ? (unsigned)o->x_perf->max_workers : MAX_WORKERS_DEFAULT,
         .chunk = o->x_perf && o->x_perf->max_chunk ? o->x_perf->max_chunk : COPY_CHUNK_DEFAULT,
         .speed = (uint64_t)o->speed,

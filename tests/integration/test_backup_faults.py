@@ -10,7 +10,7 @@ import pytest
 
 from conftest import PATIENCE, Daemon, wait_until
 from fuse_support import StallingFile
-from test_backup import BLOCK, KIB, MIB, SIZE, SLOW, Host, Writer, nbd, sequence_of, stamped
+from test_backup import BLOCK, CLUSTER, KIB, MIB, SIZE, SLOW, Host, Writer, nbd, sequence_of, stamped
 
 DEADLINE = 2  # s: of changes
 # What a machine that is busy adds to any latency.
@@ -243,3 +243,20 @@ def again_after(host, daemon, kind, target):
     new.succeeded()
     new.must("blockdev-del", {"node-name": "t"})
     subprocess.run(["qemu-img", "compare", "-q", "-f", "raw", "-F", kind, host.path("d"), target], check=True)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_cancelled_always_gives_up_bits_of_what_is_durable(faulty, hangs):
+    """C3: the flush that a target never answers is not waited for; its bitmap keeps what the job began with."""
+    faulty.bitmap("m")
+    faulty.write(*range(0, SIZE // BLOCK, CLUSTER // BLOCK))
+    faulty.start(sync="bitmap", bitmap="m", bitmap_mode="always", speed=SLOW)
+    wait_until(lambda: faulty.progress()["offset"] > 0, "the job to work")
+    if hangs:
+        faulty.stalling.tell("ignore")
+    faulty.timed("block-job-cancel", {"device": "b", "force": True})
+    faulty.ended_within(2 * DEADLINE + NOISE)
+    faulty.no_filters()
+    count = faulty.count("m")
+    assert count == SIZE // CLUSTER if hangs else 0 < count < SIZE // CLUSTER
+    faulty.stalling.tell("go")
