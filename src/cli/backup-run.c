@@ -318,7 +318,14 @@ static int look_at_disk(struct run *run, struct error **err)
         choose_kind(run, bitmap_of(run, node));
     }
     json_decref(nodes);
-    return found ? 0 : error_set(err, ENOENT, "the daemon has no node '%s'", run->node);
+    if (!found)
+        return error_set(err, ENOENT, "the daemon has no node '%s'", run->node);
+    if (run->size % 512)
+        return error_set(err, EINVAL,
+                         "node '%s' has %" PRIu64
+                         " bytes, which is no multiple of 512: no qcow2 image has such a size",
+                         run->node, run->size);
+    return 0;
 }
 
 /* ---- steps 4 to 6: target and job ---- */

@@ -7,10 +7,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 
 from conftest import PATIENCE, Qmp, wait_until
 from tool_support import (  # noqa: F401
-    CLUSTER, MIB, SIZE, Proxy, content, live, program, qemu_img, raw, tool)
+    CLUSTER, MIB, SIZE, Proxy, content, live, program, pwrite, qemu_img, raw, stop, tool)
 
 
 # ---- backups ----
@@ -114,6 +115,48 @@ def test_which_disk(tool, live):
     d.qmp("block-export-del", "id=e")
     tool.refused(1, "exports no disk", "backup", d.control, "--to", "b")
     d.check_clean()
+
+
+def test_sizes(tool, live):
+    odd = live(name="odd", size=MIB + 512)
+    odd.write()
+    odd.backup()
+    odd.write()
+    for point in (odd.backup(), *odd.points()):
+        odd.check(point)
+    none = live(name="none", size=1000)
+    tool.refused(1, "1000 bytes, which is no multiple of 512", "backup", none.control, "--to", "c")
+    assert tool.json("backups", "c") == []
+    huge = live(name="huge", size=1 << 20)
+    huge.qmp("block-export-del", "id=e")
+    raw(tool.path("sparse"), 1 << 42)
+    huge.qmp("blockdev-add", "driver=file", "node-name=sparse", "filename=" + tool.path("sparse"))
+    begin = time.monotonic()
+    point = tool.json("backup", huge.control, "--to", "s", "--disk", "sparse")
+    tool.must("restore", "s", "sparse.out")
+    assert time.monotonic() - begin < 20  # P5: it follows the data, of which there is none
+    assert point["size"] == os.path.getsize(tool.path("sparse.out")) == 1 << 42
+    assert os.stat(tool.path("sparse.out")).st_blocks == 0
+
+
+def test_a_qcow2_disk_with_a_chain(tool):
+    raw(tool.path("base.raw"), data=os.urandom(SIZE // 2))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tool.path("d.qcow2"))
+    serving = tool.start("serve", "d.qcow2", "--json", "--socket", "d.nbd")
+    where = json.loads(serving.stdout.readline())
+    contents = {}
+    for i in range(3):
+        pwrite(where["nbd"], bytes([i + 1]) * 5000, i * 300000)
+        point = tool.json("backup", "d.qmp", "--to", "b")
+        subprocess.run(["nbdcopy", where["nbd"], tool.path(f"now{i}")], check=True)
+        contents[point["id"]] = content(tool.path(f"now{i}"))
+    assert stop(serving) == 0
+    assert [p["kind"] for p in tool.json("backups", "b")] == ["full", "incremental", "incremental"]
+    for name, data in contents.items():
+        tool.must("restore", "b", "--at", name, "out", "--force")
+        assert content(tool.path("out")) == data
+        qemu_img("convert", "-O", "raw", tool.path(f"b/{name}.qcow2"), tool.path("peer"))
+        assert content(tool.path("peer")) == data
 
 
 def test_a_backup_that_fails_leaves_nothing(tool, live):
