@@ -77,7 +77,7 @@ static int read_start(const struct catalogue *c, const char *name, int fd, size_
 static int read_small_file(const struct catalogue *c, const char *name, char **ret, size_t *ret_len,
                            struct error **err)
 {
-    uint64_t size;
+    uint64_t size = 0;
     int fd = open_regular(c, name, &size, err);
     int r;
 
@@ -218,7 +218,7 @@ static int check_image(const struct catalogue *c, const struct point *p, struct 
 {
     AUTO(free_ptr) char *bytes = NULL;
     struct qcow2_header header;
-    uint64_t size;
+    uint64_t size = 0;
     size_t len;
     int fd = open_regular(c, p->image, &size, err);
     int r;
