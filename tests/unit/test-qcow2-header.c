@@ -828,8 +828,6 @@ static void test_qcow2_header__extended_l2_entries_halve_what_an_l1_entry_covers
 
 static void test_qcow2_header__some_images_are_read_only(void **state)
 {
-    struct image *image;
-
     (void)state;
     readable_only(image_incompatible(QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_DIRTY),
                   "node 'x': the image is marked corrupt: open it with read-only=on, or repair it "

@@ -9,6 +9,8 @@
  * FLUSH-3 A picture that did not reach the disk is dirty again, together with what changed since.
  * FLUSH-4 What was freed before the picture was taken is forgotten by the disk when the cycle has succeeded (Q1).
  * FLUSH-5 A flush is covered by every cycle that begins after it came.
+ * FLUSH-6 After a device flush that failed, mappings that it should have come before are not followed: the host may have dropped
+ *         their data, and shows what the cluster held for another.
  */
 #include "base/alloc.h"
 #include "base/atomic.h"

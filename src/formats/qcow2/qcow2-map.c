@@ -353,6 +353,24 @@ static int map_entry(struct qcow2 *q, uint64_t entry, uint64_t in_cluster, struc
     return r;
 }
 
+static uint32_t chunk_of(const struct qcow2 *q, uint64_t guest_cluster)
+{
+    uint64_t in_slice = guest_cluster & (qcow2_slice_entries(q) - 1);
+
+    return (uint32_t)1 << (in_slice * QCOW2_ENTRY_LEN / QCOW2_CHUNK_BYTES);
+}
+
+/* FLUSH-6 */
+static bool may_be_lost(struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster)
+{
+    bool may;
+
+    tiny_lock_acquire(&q->lock);
+    may = s->ordered && s->dirty & chunk_of(q, guest_cluster);
+    tiny_lock_release(&q->lock);
+    return may;
+}
+
 int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, uint64_t len,
                   bool for_writing, struct mapping *ret)
 {
@@ -360,6 +378,7 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
     uint64_t slice_end = (cluster | (qcow2_slice_entries(q) - 1)) + 1;
     struct qcow2_slice *s;
     uint64_t entry;
+    bool unsure;
     int r = slice_get(q, req, cluster >> q->slice_bits, &s);
 
     if (unlikely(r < 0))
@@ -368,11 +387,14 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
         *ret = (struct mapping){.kind = MAPPING_BELOW, .len = length_without_table(q, offset, len)};
         return 0;
     }
+    unsure = atomic_get(&q->sync_failed);
+    if (unlikely(unsure) && may_be_lost(q, s, cluster))
+        return -EIO;
     entry = qcow2_entry(q, s, cluster);
     r = map_entry(q, entry, offset & (qcow2_cluster_size(q) - 1), ret);
     if (for_writing && !(entry & QCOW2_COPIED))
         ret->kind = MAPPING_BELOW;
-    while (r == 0 && ret->len < len && ++cluster < slice_end &&
+    while (r == 0 && !unsure && ret->len < len && ++cluster < slice_end &&
            continues(q, ret, qcow2_entry(q, s, cluster), for_writing))
         ret->len += qcow2_cluster_size(q);
     ret->len = MIN(ret->len, len);
@@ -544,13 +566,6 @@ int qcow2_slice_pin(struct qcow2 *q, const struct request *by, uint64_t guest_cl
         *ret = pin_if_there(q, index); /* or it was evicted meanwhile */
     }
     return r;
-}
-
-static uint32_t chunk_of(const struct qcow2 *q, uint64_t guest_cluster)
-{
-    uint64_t in_slice = guest_cluster & (qcow2_slice_entries(q) - 1);
-
-    return (uint32_t)1 << (in_slice * QCOW2_ENTRY_LEN / QCOW2_CHUNK_BYTES);
 }
 
 void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t guest_cluster,

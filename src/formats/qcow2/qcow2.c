@@ -61,8 +61,11 @@ int qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset,
 int qcow2_sync(struct qcow2 *q, const struct request *by)
 {
     struct request req = request_for(by, REQUEST_FLUSH, 0, 0);
+    int r = edge_co_request(q->file, &req);
 
-    return edge_co_request(q->file, &req);
+    if (unlikely(r < 0) && r != -ECANCELED && r != -ERESTART && r != -ETIMEDOUT)
+        atomic_set(&q->sync_failed, true);
+    return r;
 }
 
 int qcow2_damaged(struct qcow2 *q, const char *fmt, ...)

@@ -137,6 +137,7 @@ struct qcow2 {
     bool writable;
 
     bool zeroed_in_place; /* atomic: clusters read as zeroes that writers may still be writing to */
+    bool sync_failed;     /* atomic: what was not durable then may be gone (FLUSH-6) */
     bool broken_told;     /* atomic: the log has a line about damage */
     bool needs_reopen; /* atomic; D3: the header may say otherwise than we do: no more metadata */
 
