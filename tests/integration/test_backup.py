@@ -632,10 +632,11 @@ def test_quit_with_jobs_at_rest(target):
     assert target.daemon.wait() == 0
 
 
-def test_saved_blocks_leave_memory_before_scratch_is_needed(target):
-    """There is no scratch space, and more is overwritten than memory holds: what was saved goes to the target first."""
+@pytest.mark.parametrize("ram, scratch", [(MIB, 0), (0, MIB)])
+def test_saved_blocks_leave_for_the_target_first(target, ram, scratch):
+    """More is overwritten than memory, or scratch, may hold at once: what was saved makes room in time."""
     before = target.content("d")
-    target.start(cbw_ram=MIB, cbw_scratch_max=0, cbw_latency_bound=5000, speed=3 * MIB,
+    target.start(cbw_ram=ram, cbw_scratch_max=scratch, cbw_latency_bound=5000, speed=3 * MIB,
                  x_perf={"max-workers": 1, "max-chunk": 64 * KIB})
     h = target.connect()
     for block in range(4095, 3071, -16):  # from the far end, where the copy comes last: 64 clusters
