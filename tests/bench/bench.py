@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 
+import images
 import jobs
 import report
 import rows as rowlib
@@ -87,29 +88,9 @@ class Field:
                                                     direct=medium == "ext4")
 
     def measure(self, row, name, settings, seed):
-        server = self.running[row.medium, name]
-        if not server.alive():
-            raise RuntimeError(f"{name} has died (status {server.process.returncode})")
-        cpus = CPUS if row.placement == "free" else ONE_CPU
-        server.place(cpus)
-        # nbd-load has a timeout of its own, much shorter than this one.
-        r = subprocess.run(
-            [self.load, "--unix", server.sock, "--server-pid", str(server.pid), "--warm", str(settings.warm_s),
-             "--time", str(settings.time_s), "--seed", str(seed), "--timeout", "5", *row.load_options()],
-            capture_output=True, text=True, timeout=60 + settings.time_s, check=False,
-            preexec_fn=lambda: os.sched_setaffinity(0, cpus))
-        if r.returncode != 0:
-            raise RuntimeError(f"{name}: {r.stderr.strip()}")
-        raw = json.loads(r.stdout)
-        if raw["ios"] == 0:
-            raise RuntimeError(f"{name}: no request was answered in the measured time")
-        gib_requests = 1024 * MIB / row.block
-        return {
-            "cpu_us": raw["server_cpu_us_per_io"], "iops": raw["iops"], "mb_per_s": raw["mb_per_s"],
-            "p50_us": raw["latency_us"]["p50"], "p99_us": raw["latency_us"]["p99"],
-            "client_cpu_us": raw["client_cpu_us_per_io"],
-            "cpu_s_per_gib": raw["server_cpu_us_per_io"] * gib_requests / 1e6,
-        }
+        return self.running[row.medium, name].load(
+            self.load, CPUS if row.placement == "free" else ONE_CPU, settings.time_s, settings.warm_s,
+            ["--seed", str(seed), *row.load_options()])
 
 
 def run_rows(field, rows, names, settings, failures):
@@ -199,11 +180,15 @@ def run_compare(args):
     job_data, job_lines, job_failures = (
         jobs.run(job_names, args, settings, fill, field.dirs["tmpfs"]) if job_names else ({}, [], []))
     failures += job_failures
+    image_names = images.select(args.rows) if args.cairnd else []
+    image_data = images.run(image_names, args, settings, fill, field.dirs["tmpfs"], ONE_CPU) if image_names else {}
+    failures += image_data.get("failures", [])
     starts = measure_starts(programs, names, field.dirs["tmpfs"], settings.starts) if not args.no_start else {}
     data = {
         "machine": machine, "versions": {n: versions[n] for n in names}, "quick": args.quick,
         "settings": vars(settings), "seconds": time.monotonic() - begin, "subject": subject, "twin_of": twin_of,
-        "results": results, "jobs": job_data, "job_lines": job_lines, "starts": starts, "failures": failures,
+        "results": results, "jobs": job_data, "job_lines": job_lines, "images": image_data, "starts": starts,
+        "failures": failures,
         "verdicts": {r.name: rowlib.judge(r, results[r.name], subject, twin) for r in rows} if subject else {},
     }
     text = report.compare(data, rows, names, twin)
@@ -254,7 +239,7 @@ def parse_arguments():
     p.add_argument("--load", default=os.path.join(HERE, "nbd-load"), help="the load generator")
     p.add_argument("--floor", default=os.path.join(HERE, "floor-server"), help="the floor server")
     p.add_argument("--cairnd", help="cairnd; left out when not given")
-    p.add_argument("--quick", action="store_true", help="short windows and one placement, about a minute and a half")
+    p.add_argument("--quick", action="store_true", help="short windows and one placement, about six minutes")
     p.add_argument("--rows", default="*", help="shell patterns of row names, separated by commas")
     p.add_argument("--placement", choices=("one-cpu", "free", "both"),
                    help="where client and server run (default both; with --quick or --ab one-cpu)")
@@ -265,14 +250,14 @@ def parse_arguments():
     p.add_argument("--write", metavar="FILE", help="write the Markdown report there as well")
     p.add_argument("--json", metavar="FILE", help="write everything measured there")
     p.add_argument("--ab", nargs=2, metavar=("A", "B"), help="compare two builds of cairnd in interleaved pairs")
-    p.add_argument("--pairs", type=int, default=15, help="for --ab (M1: at least 15)")
+    p.add_argument("--pairs", type=int, default=15, help="for --ab, bitmaps and qcow2 (M1: at least 15)")
     p.add_argument("--list", action="store_true", help="print the names of the rows")
     args = p.parse_args()
     if args.ab and args.pairs < 1:
         p.error("--pairs wants a number above 0")
     if args.placement is None:
         args.placement = "one-cpu" if args.quick or args.ab else "both"
-    if not chosen_rows(args) and (args.ab or not jobs.select(args.rows)):
+    if not chosen_rows(args) and (args.ab or not (jobs.select(args.rows) or images.select(args.rows))):
         p.error(f"no row matches '{args.rows}' with placement {args.placement} (see --list)")
     return args
 
@@ -280,7 +265,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     if args.list:
-        print("\n".join([*(r.name for r in chosen_rows(args)), *jobs.select(args.rows)]))
+        print("\n".join([*(r.name for r in chosen_rows(args)), *jobs.select(args.rows), *images.select(args.rows)]))
         return 0
     # A signal ends us through the atexit handlers, which stop the servers and remove the files.
     for number in (signal.SIGTERM, signal.SIGHUP):

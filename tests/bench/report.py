@@ -33,12 +33,16 @@ def _median(reps, server, metric):
 
 
 def _cell(row, reps, server):
-    cpu = _median(reps, server, "cpu_s_per_gib" if row.sequential else "cpu_us")
-    if cpu is None:
+    if not any(server in r for r in reps):
         return "failed" if server in rowlib.servers_of(row, [server]) else "-"
+    return _figures(reps, server, row.sequential)
+
+
+def _figures(reps, server, sequential):
+    cpu = _median(reps, server, "cpu_s_per_gib" if sequential else "cpu_us")
     p50 = _median(reps, server, "p50_us")[0]
     p99 = _median(reps, server, "p99_us")[0]
-    if row.sequential:
+    if sequential:
         rate = f"{_median(reps, server, 'mb_per_s')[0]:.0f} MB/s"
     else:
         rate = f"{_median(reps, server, 'iops')[0] / 1e3:.1f}k"
@@ -79,15 +83,36 @@ def _points(data, rows, names, twin):
     return lines
 
 
-def _verdicts(data, rows):
+def _images(data):
+    lines = ["", "## qcow2", "",
+             "On one CPU. A cell is as above. `'`: the same once more. `allocate` and `cow`: each write touches a new "
+             "cluster of a new image. `working-set`: reads all over so much of a disk with all its tables; its data "
+             "are holes, which cost less than data, so that the tables weigh more. `virtual-size`: writes to the same "
+             "64 MiB of disks of three sizes. `chain`: the data lie in the last of so many layers.", "",
+             "| row | what | figures | A/A: CPU / IOPS |", "|---|---|---|---|"]
+    for row, reps in data["results"].items():
+        twin = next((n for r in reps for n in r if n.endswith("'")), None)
+        for name in sorted({n for r in reps for n in r if n != twin}, key=data["order"][row].index):
+            if all("start_ms" in r[name] for r in reps if name in r):
+                ms = _median(reps, name, "start_ms")
+                figures = f"{ms[0]:.0f} ({ms[1]:.0f}..{ms[2]:.0f}) ms"
+            else:
+                figures = _figures(reps, name, False)
+            aa = _aa_cell(reps, name, twin) if twin and name == twin[:-1] else ""
+            lines.append(f"| {row} | {name} | {figures} | {aa} |")
+    return lines
+
+
+def _verdicts(data):
     lines = ["| row | level | what | ratio (min..max) | A/A | verdict |", "|---|---|---|---|---|---|"]
     count = {"must": [0, 0], "aim": [0, 0]}
-    for row in rows:
-        for v in data["verdicts"].get(row.name, []):
-            count[v["level"]][0] += v["holds"]
-            count[v["level"]][1] += 1
+    of_images = data["images"].get("verdicts", {}) if data["subject"] == "cairnd" else {}
+    for row, verdicts in {**data["verdicts"], **of_images}.items():
+        for v in verdicts:
+            count[v["level"].split()[0]][0] += v["holds"]
+            count[v["level"].split()[0]][1] += 1
             aa = f"{100 * v['aa_spread']:.0f} %" if v["aa_spread"] is not None else "-"
-            lines.append(f"| {row.name} | {v['level']} | {v['text']} | {v['ratio']:.2f} ({v['min']:.2f}.."
+            lines.append(f"| {row} | {v['level']} | {v['text']} | {v['ratio']:.2f} ({v['min']:.2f}.."
                          f"{v['max']:.2f}) | {aa} | {_verdict_word(v)} |")
     idle = data["starts"].get(data["subject"])
     for metric, text, bound in rowlib.IDLE_MUSTS if idle else ():
@@ -134,6 +159,8 @@ def compare(data, rows, names, twin):
              "the scheduler."]
     lines += _points(data, rows, names, twin)
     lines += data["job_lines"]
+    if data["images"].get("results"):
+        lines += _images(data["images"])
     if data["starts"]:
         lines += ["", "## Start and idle", "",
                   "Fresh processes, one at a time. The time counts from before the fork and includes it.", ""]
@@ -142,7 +169,7 @@ def compare(data, rows, names, twin):
         lines += ["", "## Must and aim", "",
                   "Ratios are made inside each repetition; the median is judged. \"within A/A\": the ratio is nearer "
                   "to its bound than two runs of the same program are to each other, so the verdict may be luck.", ""]
-        lines += _verdicts(data, rows)
+        lines += _verdicts(data)
     if data["failures"]:
         lines += ["", "## Failures", "", *[f"- {f}" for f in data["failures"]]]
     return "\n".join(lines) + "\n"

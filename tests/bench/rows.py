@@ -67,32 +67,32 @@ def servers_of(row, names):
     return [n for n in names if not (row.medium == "ext4" and n == "nbdkit")]
 
 
-def _at_most(level, metric, server, bound, label):
+def at_most(level, metric, server, bound, label):
     return Criterion(level, metric, f"{label} / {server}'s at most {bound:.2f}", lambda r: r[server][metric],
                      (server,), True, bound)
 
 
-def _at_least(level, metric, server, bound, label):
+def at_least(level, metric, server, bound, label):
     return Criterion(level, metric, f"{label} / {server}'s at least {bound:.2f}", lambda r: r[server][metric],
                      (server,), False, bound)
 
 
 def criteria(row):
     if row.medium == "ext4":
-        return [_at_most("must", "cpu_us", "qsd", 0.70, "CPU per I/O")]
+        return [at_most("must", "cpu_us", "qsd", 0.70, "CPU per I/O")]
     if row.sequential:
-        return [_at_least("must", "mb_per_s", "qsd", 2.5, "MB/s"),
-                _at_least("aim", "mb_per_s", "floor", 0.9, "MB/s")]
+        return [at_least("must", "mb_per_s", "qsd", 2.5, "MB/s"),
+                at_least("aim", "mb_per_s", "floor", 0.9, "MB/s")]
     if row.depth == 1:
-        return [_at_most("must", "cpu_us", "qsd", 0.80, "CPU per I/O"),
+        return [at_most("must", "cpu_us", "qsd", 0.80, "CPU per I/O"),
                 Criterion("must", "p50_us", "median latency / the better of qsd's and nbdkit's at most 1.00",
                           lambda r: min(r["qsd"]["p50_us"], r["nbdkit"]["p50_us"]), ("qsd", "nbdkit"), True, 1.0)]
-    return [_at_most("must", "cpu_us", "qsd", 1 / 3, "CPU per I/O"),
-            _at_most("must", "cpu_us", "nbdkit", 2 / 3, "CPU per I/O"),
+    return [at_most("must", "cpu_us", "qsd", 1 / 3, "CPU per I/O"),
+            at_most("must", "cpu_us", "nbdkit", 2 / 3, "CPU per I/O"),
             Criterion("must", "iops", "IOPS / min(3 x qsd's, 0.6 x floor's) at least 1.00",
                       lambda r: min(3 * r["qsd"]["iops"], 0.6 * r["floor"]["iops"]), ("qsd", "floor"), False, 1.0),
-            _at_most("aim", "cpu_us", "floor", 1.5, "CPU per I/O"),
-            _at_least("aim", "iops", "floor", 0.8, "IOPS")]
+            at_most("aim", "cpu_us", "floor", 1.5, "CPU per I/O"),
+            at_least("aim", "iops", "floor", 0.8, "IOPS")]
 
 
 IDLE_MUSTS = (("rss_mib", "idle RSS below 12 MiB", 12.0), ("start_ms", "start to first NBD greeting below 20 ms", 20.0))
@@ -105,19 +105,24 @@ def spread(ratios):
 
 
 def judge(row, reps, subject, twin):
+    """Verdicts for one row."""
+    return judge_by(criteria(row), reps, subject, (subject, twin))
+
+
+def judge_by(criteria_, reps, subject, same):
     """
-    Verdicts for one row. reps: for each repetition {server: metrics}. The ratio is made inside each repetition, whose
-    points were measured next to each other; its median is judged. Verdicts closer to the bound than the A/A spread
-    (the twin: the same program twice) say so.
+    Verdicts by these criteria. reps: for each repetition {server: metrics}. The ratio is made inside each repetition,
+    whose points were measured next to each other; its median is judged. Verdicts closer to the bound than the A/A
+    spread say so; it comes from `same`, the names of two instances of the same thing, or none.
     """
     verdicts = []
-    for c in criteria(row):
+    for c in criteria_:
         usable = [r for r in reps if subject in r and all(n in r for n in c.needs)]
         if not usable:
             continue
         ratios = [c.ratio(subject, r) for r in usable]
         median = statistics.median(ratios)
-        twins = [r[twin][c.metric] / r[subject][c.metric] for r in usable if twin in r]
+        twins = [r[same[1]][c.metric] / r[same[0]][c.metric] for r in usable if same and all(n in r for n in same)]
         verdicts.append({
             "level": c.level, "text": c.text, "ratio": median, "min": min(ratios), "max": max(ratios),
             "holds": c.holds(median), "aa_spread": spread(twins) if twins else None,

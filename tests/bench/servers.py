@@ -3,6 +3,8 @@
 
 import atexit
 import ctypes
+import functools
+import json
 import os
 import signal
 import socket
@@ -20,19 +22,19 @@ def _die_with_parent():
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _daemon_options(path, sock, aio):
-    file_node = f"driver=file,node-name=f,filename={path},cache.direct=on{aio}"
+def _daemon_options(path, sock, aio, driver, read_only):
+    access = ",read-only=on" if read_only else ""
     return [
-        "--blockdev", file_node,
-        "--blockdev", "driver=raw,node-name=r,file=f",
+        "--blockdev", f"driver=file,node-name=f,filename={path},cache.direct=on{aio}{access}",
+        "--blockdev", f"driver={driver},node-name=r,file=f{access}",
         "--nbd-server", f"addr.type=unix,addr.path={sock}",
-        "--export", "type=nbd,id=e,node-name=r,name=,writable=on",
+        "--export", f"type=nbd,id=e,node-name=r,name=,writable={'off' if read_only else 'on'}",
     ]
 
 
-def qsd_command(path, sock, direct):
+def qsd_command(path, sock, direct, driver="raw", read_only=False):
     del direct  # always O_DIRECT
-    return ["qemu-storage-daemon", *_daemon_options(path, sock, ",aio=native")]
+    return ["qemu-storage-daemon", *_daemon_options(path, sock, ",aio=native", driver, read_only)]
 
 
 def nbdkit_command(path, sock, direct):
@@ -46,7 +48,8 @@ def floor_command(binary):
 
 
 def cairnd_command(binary):
-    return lambda path, sock, direct: [binary, *_daemon_options(path, sock, "")]
+    return lambda path, sock, direct, driver="raw", read_only=False: [
+        binary, *_daemon_options(path, sock, "", driver, read_only)]
 
 
 def nbd_greets(sock):
@@ -103,6 +106,30 @@ class Server:
                 os.sched_setaffinity(int(task), cpus)
             except OSError:
                 pass  # it has ended, or is a worker of io_uring, which the kernel places
+
+    def load(self, program, cpus, seconds, warm_s, options):
+        """Has nbd-load ask it for this long, both pinned to these processors; returns the metrics."""
+        if not self.alive():
+            raise RuntimeError(f"{self.name} has died (status {self.process.returncode})")
+        self.place(cpus)
+        # nbd-load has a timeout of its own, much shorter than this one.
+        r = subprocess.run(
+            [program, "--unix", self.sock, "--server-pid", str(self.pid), "--warm", str(warm_s), "--time",
+             str(seconds), "--timeout", "5", *options],
+            capture_output=True, text=True, timeout=60 + seconds, check=False,
+            preexec_fn=functools.partial(os.sched_setaffinity, 0, cpus))
+        if r.returncode != 0:
+            raise RuntimeError(f"{self.name}: {r.stderr.strip()}")
+        raw = json.loads(r.stdout)
+        if raw["ios"] == 0:
+            raise RuntimeError(f"{self.name}: no request was answered in the measured time")
+        gib_requests = (1 << 30) / raw["bs"]
+        return {
+            "cpu_us": raw["server_cpu_us_per_io"], "iops": raw["iops"], "mb_per_s": raw["mb_per_s"],
+            "p50_us": raw["latency_us"]["p50"], "p99_us": raw["latency_us"]["p99"],
+            "client_cpu_us": raw["client_cpu_us_per_io"],
+            "cpu_s_per_gib": raw["server_cpu_us_per_io"] * gib_requests / 1e6,
+        }
 
     def rss_mib(self):
         with open(f"/proc/{self.pid}/status", encoding="ascii") as f:
