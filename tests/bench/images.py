@@ -180,9 +180,12 @@ class Chain(Family):
 
     size = 128 * MIB
 
-    def set_up(self):
+    def make_last(self, name):
         self.fill(self.path("raw"), self.size)
-        self.qemu_img("convert", "-f", "raw", "-O", "qcow2", "raw", "layer-0000")
+        self.qemu_img("convert", "-f", "raw", "-O", "qcow2", "raw", name)
+
+    def set_up(self):
+        self.make_last("layer-0000")
         self.create("overlay", self.size, "-u", "-b", "layer-0000", "-F", "qcow2")
         with open(self.path("overlay"), "rb") as f:
             overlay = f.read()
@@ -205,6 +208,21 @@ class ReadingChain(Chain):
             self.must_equal(point, "raw")
 
 
+class WideChain(Chain):
+    """More is read than a cache of what lies where in the chain may hold; the data are holes."""
+
+    size = 4 * GIB
+
+    def make_last(self, name):
+        self.create(name, self.size, "-o", "preallocation=metadata")
+
+    def set_up(self):
+        super().set_up()
+        for point in WIDE_POINTS:
+            server = self.serve_layers(point)
+            server.load(self.program, self.cpus, 0.5, 0, ["--op", "read", "--stride", str(CLUSTER), "--depth", "16"])
+
+
 class OpeningChain(Chain):
     """From the fork to the first NBD greeting."""
 
@@ -215,6 +233,7 @@ class OpeningChain(Chain):
 
 
 CHAIN_POINTS = (*(f"cairnd {n}" for n in LAYERS), f"cairnd {LAYERS[0]}'")
+WIDE_POINTS = (CHAIN_POINTS[0], CHAIN_POINTS[-1], CHAIN_POINTS[-2])
 QSD_CHAIN_POINTS = tuple(f"qsd {n}" for n in LAYERS if n <= QSD_LAYERS)
 
 
@@ -250,6 +269,7 @@ ROWS = [
                 ("cairnd 1G", "cairnd 1G'", "cairnd 16T", "cairnd 1P"), ("qsd 1G", "qsd 16T", "qsd 1P"), "cairnd 1G"),
     _like_first("chain-randread-4k-d16", ReadingChain, (), CHAIN_POINTS, QSD_CHAIN_POINTS,
                 f"cairnd {LAYERS[0]}"),
+    _like_first("wide-chain-randread-4k-d16", WideChain, (), WIDE_POINTS, (), f"cairnd {LAYERS[0]}"),
     Row("qcow2-open-chain", OpeningChain, (), (f"cairnd {LAYERS[-1]}",), (),
         ((f"cairnd {LAYERS[-1]}", [rowlib.Criterion(
             "must", "start_ms", "start with 1,000 layers / 1 s at most 1.00", lambda r: 1000, (), True, 1.0)]),)),

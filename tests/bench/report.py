@@ -88,7 +88,8 @@ def _images(data):
              "On one CPU. A cell is as above. `'`: the same once more. `allocate` and `cow`: each write touches a new "
              "cluster of a new image. `working-set`: reads all over so much of a disk with all its tables; its data "
              "are holes, which cost less than data, so that the tables weigh more. `virtual-size`: writes to the same "
-             "64 MiB of disks of three sizes. `chain`: the data lie in the last of so many layers.", "",
+             "64 MiB of disks of three sizes. `chain`: the data lie in the last of so many "
+             "layers; `wide`: 4 GiB of them (holes).", "",
              "| row | what | figures | A/A: CPU / IOPS |", "|---|---|---|---|"]
     for row, reps in data["results"].items():
         twin = next((n for r in reps for n in r if n.endswith("'")), None)
