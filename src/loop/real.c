@@ -62,7 +62,7 @@ void real_wake(struct loop_mailbox *box)
 enum thread_end {
     THREAD_RUNS,
     THREAD_ENDS,
-    THREAD_STAYS, /* it never ends, and keeps its struct real_thread */
+    THREAD_HANGS, /* within its exit, for as long as the host likes; its struct real_thread is left */
 };
 
 /* The starter waits until the loop stands or has failed, the joiner until it has run. */
@@ -84,12 +84,9 @@ static void *thread_main(void *arg)
     (void)pthread_setname_np(pthread_self(), t->name); /* for debuggers; nothing depends on it */
     freed = loop_thread_main(t);
     pthread_mutex_lock(&rt->lock);
-    rt->end = freed ? THREAD_ENDS : THREAD_STAYS;
+    rt->end = freed ? THREAD_ENDS : THREAD_HANGS;
     pthread_cond_signal(&rt->news);
     pthread_mutex_unlock(&rt->lock);
-    /* P4: a kernel thread of the ring that is stuck in a write would be waited for, without bound, if this one ended. */
-    while (!freed)
-        (void)pause(); /* all signals are blocked */
     return NULL;
 }
 
@@ -144,14 +141,15 @@ int real_thread_start(struct loop_thread *t, struct error **err)
 void real_thread_join(struct loop_thread *t)
 {
     struct real_thread *rt = t->engine_data;
-    bool stays;
+    bool hangs;
 
     pthread_mutex_lock(&rt->lock);
     while (rt->end == THREAD_RUNS)
         pthread_cond_wait(&rt->news, &rt->lock);
-    stays = rt->end == THREAD_STAYS;
+    hangs = rt->end == THREAD_HANGS;
     pthread_mutex_unlock(&rt->lock);
-    if (stays) {
+    /* P4: its exit waits for the ring's own threads, and one of those may be stuck in a write. */
+    if (hangs) {
         (void)pthread_detach(rt->thread);
         return;
     }
