@@ -17,6 +17,8 @@
 
 /* How often a closer looks whether the host has let go. */
 #define LOOK_NS (20 * NS_PER_MS)
+/* How long whoever closes a node waits for that before it becomes an orphan. */
+#define MOMENT_NS (40 * NS_PER_MS)
 
 static void close_trackers(struct node *node)
 {
@@ -124,12 +126,24 @@ static void make_orphan(struct node *node)
     node->reserved_by = NULL;
 }
 
+/* A host that is well ends what a cancelled job has left in a moment: that is no orphan. */
+static void co_fn control_fn wait_a_moment(const struct node *node, uint64_t deadline_ns)
+{
+    uint64_t until = MIN(deadline_ns, loop_clock() + MOMENT_NS);
+
+    co_shield_begin();
+    while (node_unresolved(node) && loop_clock() < until)
+        (void)co_sleep_until(MIN(until, loop_clock() + LOOK_NS / 10));
+    co_shield_end();
+}
+
 /* True: it is closed, but for its children. False: it is an orphan, and will see to itself. */
 static bool co_fn control_fn close_by(struct node *node, uint64_t deadline_ns)
 {
     struct graph *g = node->graph;
     struct co_wait w;
 
+    wait_a_moment(node, deadline_ns);
     if (node_unresolved(node)) {
         make_orphan(node);
         (void)co_scope_start(&g->closers, close_main, node); /* no memory: it stays, visibly */

@@ -32,7 +32,7 @@ struct epoch_slot {
     /* Only touched on the loop. */
     unsigned inside[2];
     unsigned phase;
-    bool asked; /* the message is here, and goes back when the old phase is empty */
+    bool asked;                /* the message is here, and goes back when the old phase is empty */
     struct chain_cache *chain; /* chain.c's; or NULL */
 
     struct loop_message message;

@@ -54,6 +54,9 @@ static int co_fn control_fn replace_co_prepare(struct change_action *a, struct e
     struct replace_action *rp = container_of(a, struct replace_action, action);
     int r;
 
+    if (!rp->to)
+        rp->to = rp->from->file
+                     ->node; /* G5: until now another change might have put something else there */
     if (rp->from == rp->to)
         return error_set(err, EINVAL, "node '%s' cannot replace itself", rp->to->name);
     if (rp->from->size != rp->to->size)

@@ -26,7 +26,7 @@ void co_fn control_fn graph_co_drop(struct node *node);
 struct replace_action {
     struct change_action action;
     struct node *from; /* may be set by an earlier action's prepare */
-    struct node *to;
+    struct node *to;   /* NULL: what `from`, a filter, has as its child when that is reserved */
     struct access_walk *walk;
 };
 

@@ -256,7 +256,7 @@ int backup_co_end(struct backup *b, int (*more)(struct change *c, void *arg, str
     if (r == 0 && more)
         r = more(&change, arg, err);
     if (r == 0) {
-        replace_action_add(&change, &b->replace, b->filter, edge_node(node_file(b->filter)));
+        replace_action_add(&change, &b->replace, b->filter, NULL);
         change_add_action(&change, &b->insert, &remove_ops);
         r = change_co_run(&change, err);
     }

@@ -304,7 +304,8 @@ int co_wait(struct co_wait *w, uint64_t deadline_ns)
     co->wait = w;
     co_suspend(co);
     assert(!co->wait);
-    return co->wait_result; /* `w` may be gone: of an operation left behind, which has ended since (G8) */
+    return co
+        ->wait_result; /* `w` may be gone: of an operation left behind, which has ended since (G8) */
 }
 
 void co_wait_end(struct co_wait *w, int result)

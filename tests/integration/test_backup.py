@@ -862,3 +862,16 @@ def test_transaction_that_fails_starts_nothing(target, last):
     target.start(sync="incremental", bitmap="m")
     target.succeeded()
     assert target.count("m") == 0
+
+
+def test_two_backups_of_one_disk_end_at_the_same_moment(start):
+    """The filters of both lie on top of each other, and each is taken out while the other one is."""
+    for pause in range(12):
+        daemon = start()
+        host = Host(daemon)
+        host.node("t", size=SIZE)
+        for job in "bc":
+            host.must("blockdev-backup", {"job-id": job, "device": "d", "target": "t", "sync": "full"})
+        time.sleep(pause / 5000)
+        daemon.stop()
+        assert "cannot be closed yet" not in daemon.stderr()

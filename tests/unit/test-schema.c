@@ -247,8 +247,9 @@ static void test_schema__refuses_by_name_what_is_not_supported(void **state)
         "arguments.detect-zeroes: 'unmap' is not accepted: detection of zeroes is not supported yet");
     assert_refused("blockdev-add", "{'driver': 'raw', 'file': 'f', 'filename': 'a'}",
                    "arguments.filename: unknown member (driver is 'raw')");
-    assert_refused("blockdev-add", "{'driver': 'bochs', 'file': 'f'}",
-                   "arguments.driver: 'bochs' is not one of: file, host_device, null-co, qcow2, raw");
+    assert_refused(
+        "blockdev-add", "{'driver': 'bochs', 'file': 'f'}",
+        "arguments.driver: 'bochs' is not one of: file, host_device, null-co, qcow2, raw");
     assert_refused("blockdev-add", "{'driver': 'raw', 'file': {'driver': 'file', 'filename': ''}}",
                    "arguments.file.filename: '' has 0 bytes, less than 1");
     assert_refused(
