@@ -21,10 +21,14 @@
 /* A piece of a request that is longer than this many vectors is read in several. */
 #define PIECE_IOV 16
 
-/* Hints are for regions of so many bytes, and for what lies below so many layers; a loop has so many of them for each top. */
-#define REGION_BITS 16
-#define HINT_DEPTH  3
-#define HINTS       8192
+/*
+ * Hints are for regions of two sizes, and for what lies below so many layers; a loop has so many of each for each top. Small
+ * ones serve where large ones do not lead far, since much of the region lies in layers above.
+ */
+#define HINT_DEPTH 3
+#define HINTS      4096
+
+static const unsigned region_bits[CHAIN_REGION_SIZES] = {16, 25};
 
 struct hint {
     uint64_t region; /* and 1: all zero is none */
@@ -33,7 +37,7 @@ struct hint {
 };
 
 struct chain_cache {
-    struct hint hints[HINTS];
+    struct hint hints[CHAIN_REGION_SIZES][HINTS];
 };
 
 enum found_kind {
@@ -129,28 +133,32 @@ static int co_fn find_from(struct found *f, const struct request *req, uint64_t 
 
 /* ---- hints ---- */
 
-static uint64_t *generation_of(struct graph *g, uint64_t region)
+static uint64_t *generation_of(struct graph *g, unsigned size, uint64_t region)
 {
-    return &g->chain_generations[region % CHAIN_GENERATIONS];
+    return &g->chain_generations[size][region % CHAIN_GENERATIONS];
 }
 
 void chain_changed(struct node *node, uint64_t offset, uint64_t len)
 {
-    uint64_t first = offset >> REGION_BITS;
-    uint64_t last = (offset + len - 1) >> REGION_BITS;
-
     if (!atomic_get(&node->lies_below) || !len)
         return;
-    if (last - first >= CHAIN_GENERATIONS)
-        last = first + CHAIN_GENERATIONS - 1; /* that is all of them */
-    for (uint64_t region = first; region <= last; region++)
-        (void)atomic_add(generation_of(node->graph, region), 1u);
+    for (unsigned size = 0; size < CHAIN_REGION_SIZES; size++) {
+        uint64_t first = offset >> region_bits[size];
+        uint64_t last = (offset + len - 1) >> region_bits[size];
+
+        if (last - first >= CHAIN_GENERATIONS)
+            last = first + CHAIN_GENERATIONS - 1; /* that is all of them */
+        for (uint64_t region = first; region <= last; region++)
+            (void)atomic_add(generation_of(node->graph, size, region), 1u);
+    }
 }
 
 void chain_all_changed(struct graph *g)
 {
-    for (size_t i = 0; i < CHAIN_GENERATIONS; i++)
-        (void)atomic_add(&g->chain_generations[i], 1u);
+    for (unsigned size = 0; size < CHAIN_REGION_SIZES; size++) {
+        for (size_t i = 0; i < CHAIN_GENERATIONS; i++)
+            (void)atomic_add(&g->chain_generations[size][i], 1u);
+    }
 }
 
 static bool is_deep(const struct node *top)
@@ -164,45 +172,46 @@ static bool is_deep(const struct node *top)
 }
 
 /* Does the layer say "below" for all of the region? */
-static int co_fn is_empty_there(struct node *layer, const struct request *req, uint64_t region)
+static int co_fn is_empty_there(struct node *layer, const struct request *req, unsigned size,
+                                uint64_t region)
 {
-    uint64_t start = region << REGION_BITS;
-    uint64_t size = node_size(layer);
-    struct found f = {.layer = layer, .len = (uint64_t)1 << REGION_BITS};
+    uint64_t bytes = (uint64_t)1 << region_bits[size];
+    uint64_t start = region << region_bits[size];
+    struct found f = {.layer = layer, .len = bytes};
     enum mapping_kind kind;
     int r;
 
-    if (start >= size || !layer->driver->co_map)
+    if (start + bytes > node_size(layer) || !layer->driver->co_map)
         return false;
-    f.len = MIN(f.len, size - start);
     r = ask(&f, req, start, &kind);
     found_leave(&f);
-    return r < 0 ? r : kind == MAPPING_BELOW && f.len == (uint64_t)1 << REGION_BITS;
+    return r < 0 ? r : kind == MAPPING_BELOW && f.len == bytes;
 }
 
-/* The hint for a region, made if need be; *ret is the edge to the layer to begin with. */
-static int co_fn get_hint(struct node *top, struct epoch_slot *slot, const struct request *req,
-                          uint64_t region, struct edge **ret)
+/* Moves *via down to the first layer that may have something in the region: by its hint, which is made if need be. */
+static int co_fn follow_hint(struct graph *g, struct chain_cache *cache, const struct request *req,
+                             unsigned size, uint64_t offset, struct edge **via)
 {
-    uint64_t generation = atomic_get(generation_of(top->graph, region));
-    struct hint *h = &slot->chain->hints[region % HINTS];
-    struct edge *via = top->backing;
+    uint64_t region = offset >> region_bits[size];
+    uint64_t generation = atomic_get(generation_of(g, size, region));
+    struct hint *h = &cache->hints[size][region % HINTS];
+    struct edge *e = *via;
     int r = 1;
 
     if (h->region == (region << 1 | 1) && h->generation == generation) {
-        *ret = h->via;
+        *via = h->via;
         return 0;
     }
     while (r == 1) {
-        r = is_empty_there(via->node, req, region);
-        if (r == 1 && !via->node->backing)
+        r = is_empty_there(e->node, req, size, region);
+        if (r == 1 && !e->node->backing)
             r = 0; /* the last one says so itself */
         if (r == 1)
-            via = via->node->backing;
+            e = e->node->backing;
     }
-    *ret = via;
+    *via = e;
     if (r == 0)
-        *h = (struct hint){.region = region << 1 | 1, .generation = generation, .via = via};
+        *h = (struct hint){.region = region << 1 | 1, .generation = generation, .via = e};
     return r;
 }
 
@@ -210,9 +219,8 @@ static int co_fn get_hint(struct node *top, struct epoch_slot *slot, const struc
 static int co_fn skip(struct node *top, struct found *f, const struct request *req, uint64_t offset)
 {
     struct epoch_slot *slot = epoch_slot_here(&top->epoch);
-    uint64_t region = offset >> REGION_BITS;
-    struct edge *via;
-    int r;
+    struct edge *via = top->backing;
+    int r = 0;
 
     if (!slot)
         return -ENOMEM;
@@ -220,13 +228,15 @@ static int co_fn skip(struct node *top, struct found *f, const struct request *r
         slot->chain = try_new(struct chain_cache);
     if (!slot->chain)
         return 0; /* the long way is right as well */
-    r = get_hint(top, slot, req, region, &via);
-    if (r < 0)
-        return r;
+    for (unsigned size = CHAIN_REGION_SIZES; r == 0 && size-- > 0 && is_deep(via->node);) {
+        uint64_t bytes = (uint64_t)1 << region_bits[size];
+
+        r = follow_hint(top->graph, slot->chain, req, size, offset, &via);
+        f->len = MIN(f->len, align_down(offset, bytes) + bytes - offset);
+    }
     f->via = via;
     f->layer = via->node;
-    f->len = MIN(f->len, ((region + 1) << REGION_BITS) - offset);
-    return 0;
+    return r;
 }
 
 /* Who answers for what a node shows at `offset`, for `len` bytes at most? */
@@ -347,19 +357,13 @@ int chain_co_zero_below(struct node *node, const struct request *req, uint64_t o
     bool zero = true;
 
     while (zero && len) {
-        struct extent one = {.flags = EXTENT_ZERO};
-        struct extents plain = {.v = &one, .max = 1};
         struct found f;
         int r = find_below(node, req, offset, len, &f);
 
-        if (r == 0 && f.kind == FOUND_PLAIN) {
-            r = plain_extents(&f, req, offset, &plain);
-            f.len = plain.count ? MIN(f.len, one.len) : f.len;
-        }
         found_leave(&f);
         if (r < 0)
             return r;
-        zero = f.kind != FOUND_DATA && f.kind != FOUND_ENCODED && (one.flags & EXTENT_ZERO);
+        zero = f.kind == FOUND_ZERO;
         offset += f.len;
         len -= f.len;
     }

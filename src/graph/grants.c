@@ -98,6 +98,7 @@ static bool granted(const struct graph *g, const char *image, const char *path)
 static int path_of(const char *image_path, const char *reference, char **ret, struct error **err)
 {
     size_t len = strcspn(reference, ":/");
+    size_t name_size;
     char *path;
 
     if (!image_path)
@@ -115,11 +116,12 @@ static int path_of(const char *image_path, const char *reference, char **ret, st
     if (!*reference)
         return error_set(err, EINVAL, "the name is empty");
     len = *reference == '/' || !strchr(image_path, '/') ? 0 : dir_len(image_path) + 1;
-    path = try_new_n(char, len + strlen(reference) + 1);
+    name_size = strlen(reference) + 1;
+    path = try_new_n(char, len + name_size);
     if (!path)
         return error_set(err, ENOMEM, "no memory for its path");
     memcpy(path, image_path, len);
-    strcpy(path + len, reference);
+    memcpy(path + len, reference, name_size);
     *ret = path;
     return 0;
 }

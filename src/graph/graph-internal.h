@@ -11,6 +11,7 @@
 
 #define GRAPH_NAME_BUCKETS 1024
 #define CHAIN_GENERATIONS  256
+#define CHAIN_REGION_SIZES 2
 
 struct graph {
     const struct driver *const *const *drivers;
@@ -23,7 +24,8 @@ struct graph {
     struct node *names[GRAPH_NAME_BUCKETS];
     unsigned next_auto_name;
     uint64_t change_deadline_ns;
-    uint64_t chain_generations[CHAIN_GENERATIONS]; /* atomic; of regions of all chains (Q3) */
+    uint64_t chain_generations[CHAIN_REGION_SIZES]
+                              [CHAIN_GENERATIONS]; /* atomic; of all chains (Q3) */
     uint64_t walks;                                /* begun so far */
     bool watching;                                 /* late.c */
     uint32_t wake_out;                             /* atomic: `wake` is under way */

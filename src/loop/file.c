@@ -111,9 +111,7 @@ int file_co_close(struct file *f)
 {
     int r = file_op_run(file_op(f, IO_CLOSE));
 
-    if (r != -ENOMEM && r != -EAGAIN)
-        f->fd = -1;
-    file_unref(f);
+    file_unref(f); /* whoever leaves the wait leaves the file to the operation */
     return r;
 }
 
@@ -328,15 +326,27 @@ int file_co_lock_test(struct file *f, uint64_t start, uint64_t len, enum file_lo
     return lock_op(f, IO_LOCK_TEST, start, len, lock);
 }
 
+/* With paths of its own, so that it can be left when the host does not answer. path2 may be NULL. */
 static int co_fn path_op(enum io_op_kind kind, const char *path, const char *path2)
 {
-    struct io_op *op = op_new(kind);
+    struct iobuf *hold;
+    struct io_op *op;
+    int64_t r = -ENOMEM;
 
-    if (!op)
-        return -ENOMEM;
-    op->path = path;
-    op->path2 = path2;
-    return (int)op_co_run(op, LOOP_FOREVER);
+    if (strlen(path) >= PATH_MAX || (path2 && strlen(path2) >= PATH_MAX))
+        return -ENAMETOOLONG;
+    hold = iobuf_new(2 * (size_t)PATH_MAX);
+    op = hold ? op_new(kind) : NULL;
+    if (op) {
+        op->path = strcpy((char *)hold->data, path);
+        if (path2)
+            op->path2 = strcpy((char *)hold->data + PATH_MAX, path2);
+        op->hold = hold;
+        op->owns_memory = true;
+        r = op_co_run(op, LOOP_FOREVER);
+    }
+    iobuf_unref(hold);
+    return (int)r;
 }
 
 int file_co_rename(const char *from, const char *to)
@@ -375,10 +385,11 @@ int file_co_resolve(const char *path, char **ret)
     }
     if (r >= 0) {
         const char *found = (const char *)hold->data + PATH_MAX;
-        char *copy = try_new_n(char, strlen(found) + 1);
+        size_t found_size = strlen(found) + 1;
+        char *copy = try_new_n(char, found_size);
 
         if (copy)
-            *ret = strcpy(copy, found);
+            *ret = memcpy(copy, found, found_size);
         else
             r = -ENOMEM;
     }

@@ -55,7 +55,8 @@ static int plan(struct qcow2 *q, struct growth *g)
         for (uint64_t i = g->first / entries; i <= last; i++)
             g->blocks += !has_block(q, i);
         if (last >= q->alloc.table_size) {
-            uint64_t size = MAX(last + 1, (uint64_t)q->alloc.table_size * 2);
+            uint64_t most = QCOW2_REFCOUNT_TABLE_BYTES_MAX / QCOW2_ENTRY_LEN;
+            uint64_t size = MAX(last + 1, MIN((uint64_t)q->alloc.table_size * 2, most));
 
             g->table_clusters =
                 (size * QCOW2_ENTRY_LEN + qcow2_cluster_size(q) - 1) >> q->cluster_bits;

@@ -79,7 +79,8 @@ int qcow2_map_init(struct qcow2 *q, const struct request *by, uint32_t l1_size, 
     map->l1 = try_new_n(uint64_t, (size_t)l1_size + 1); /* a disk of no bytes has none */
     map->l1_dirty = try_new_n(uint64_t, units / 64 + 1);
     map->slices = try_new_n(struct qcow2_slice *, (size_t)map->slice_count + 1);
-    if (!map->l1 || !map->l1_dirty || !map->slices)
+    map->used = try_new_n(bool, (size_t)map->slice_count + 1);
+    if (!map->l1 || !map->l1_dirty || !map->slices || !map->used)
         return error_set(err, ENOMEM, "node '%s': no memory for an L1 table of %" PRIu32 " entries",
                          node_name(q->node), l1_size);
     r = read_l1(q, by);
@@ -106,6 +107,7 @@ void qcow2_map_release(struct qcow2 *q)
     free_slices(&q->map.clean);
     free_slices(&q->map.dirty);
     free_slices(&q->map.limbo);
+    free(q->map.used);
     free(q->map.slices);
     free(q->map.l1_dirty);
     free(q->map.l1);
@@ -124,11 +126,11 @@ static struct qcow2_slice *slice_find(const struct qcow2 *q, uint64_t slice_inde
     return atomic_get_acquire(&q->map.slices[slice_index]);
 }
 
-static void touch(struct qcow2_slice *s)
+static void touch(const struct qcow2 *q, uint64_t slice_index)
 {
     /* Relaxed: a hint. It is read first, so that readers do not write the same line all the time. */
-    if (!atomic_get_relaxed(&s->used))
-        atomic_set_relaxed(&s->used, true);
+    if (!atomic_get_relaxed(&q->map.used[slice_index]))
+        atomic_set_relaxed(&q->map.used[slice_index], true);
 }
 
 /* Those in limbo whose readers have left, and slices out of use until a share of the cache is free again. */
@@ -152,12 +154,12 @@ static unsigned evict_locked(struct qcow2 *q, struct list *ret_out, struct list 
         s = list_first(&map->clean, struct qcow2_slice, link);
         tmp = s;
         list_remove(&s->link);
-        if (s->pins || atomic_get_relaxed(&s->used)) { /* a hint */
-            atomic_set_relaxed(&s->used, false);
+        if (s->pins || atomic_get_relaxed(&map->used[s->index])) { /* a hint */
+            atomic_set_relaxed(&map->used[s->index], false);
             list_append(&map->clean, &s->link);
         } else {
             atomic_set(&map->slices[s->index], NULL);
-            map->cached -= slice_memory(q);
+            map->cached -= qcow2_slice_bytes(q);
             list_append(ret_out, &s->link);
             out++;
         }
@@ -198,7 +200,7 @@ static void slice_publish(struct qcow2 *q, struct qcow2_slice *s)
 {
     tiny_lock_acquire(&q->lock);
     list_append(&q->map.clean, &s->link);
-    q->map.cached += slice_memory(q);
+    q->map.cached += qcow2_slice_bytes(q);
     atomic_set(&q->map.slices[s->index], s);
     tiny_lock_release(&q->lock);
 }
@@ -226,7 +228,7 @@ static int co_fn slice_read(struct qcow2 *q, const struct request *by, uint64_t 
         r = qcow2_read_meta(q, by, qcow2_slice_offset(q, slice_index), b, 0, bytes);
     if (r == 0) {
         s->index = slice_index;
-        s->used = true; /* whoever wants to pin it finds it, even if all others are dirty */
+        touch(q, slice_index); /* whoever wants to pin it finds it, even if all others are dirty */
         for (uint64_t i = 0; i < qcow2_slice_entries(q); i++)
             s->entries[i] = load_be64(b->data + i * QCOW2_ENTRY_LEN);
         list_init(&s->link);
@@ -246,7 +248,7 @@ static int co_fn slice_get(struct qcow2 *q, const struct request *by, uint64_t s
 
     *ret = slice_find(q, slice_index);
     if (likely(*ret)) {
-        touch(*ret);
+        touch(q, slice_index);
         return 0;
     }
     if (!l1_get(q, slice_index))
@@ -299,7 +301,7 @@ int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret
 static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t entry, bool for_writing)
 {
     uint64_t copied = for_writing ? QCOW2_COPIED : entry & QCOW2_COPIED;
-    enum qcow2_entry_kind kind;
+    enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
     uint64_t host;
 
     switch (m->kind) {

@@ -75,6 +75,7 @@ struct wider {
     uint64_t *l1;
     uint64_t *l1_dirty;
     struct qcow2_slice **slices;
+    bool *used;
 };
 
 static bool make_wider(const struct qcow2 *q, uint64_t entries, struct wider *w)
@@ -85,7 +86,8 @@ static bool make_wider(const struct qcow2 *q, uint64_t entries, struct wider *w)
     w->l1_dirty = try_new_n(uint64_t, units / 64 + 1);
     w->slices =
         try_new_n(struct qcow2_slice *, (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1);
-    if (!w->l1 || !w->l1_dirty || !w->slices)
+    w->used = try_new_n(bool, (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1);
+    if (!w->l1 || !w->l1_dirty || !w->slices || !w->used)
         return false;
     memcpy(w->l1, q->map.l1, (size_t)q->map.l1_size * sizeof(*w->l1));
     memcpy(w->slices, q->map.slices, (size_t)q->map.slice_count * sizeof(struct qcow2_slice *));
@@ -97,15 +99,17 @@ static void release_wider(struct wider *w)
     free(w->l1);
     free(w->l1_dirty);
     free(w->slices);
+    free(w->used);
 }
 
 static void use_wider(struct qcow2 *q, struct wider *w, uint64_t entries, uint64_t offset)
 {
-    struct wider old = {q->map.l1, q->map.l1_dirty, q->map.slices};
+    struct wider old = {q->map.l1, q->map.l1_dirty, q->map.slices, q->map.used};
 
     q->map.l1 = w->l1;
     q->map.l1_dirty = w->l1_dirty;
     q->map.slices = w->slices;
+    q->map.used = w->used;
     q->map.l1_size = (uint32_t)entries;
     q->map.l1_offset = offset;
     q->map.slice_count = entries << (q->l2_bits - q->slice_bits);

@@ -245,18 +245,18 @@ static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const s
 }
 
 static int co_fn write_data(struct qcow2 *q, struct request *req, const struct placing *p,
-                            uint64_t done, uint64_t *len)
+                            uint64_t done, uint64_t len)
 {
     uint64_t head = (req->offset + done) & (qcow2_cluster_size(q) - 1);
-    bool whole = !head && *len == p->count << q->cluster_bits;
+    bool whole = !head && len == p->count << q->cluster_bits;
     struct iovec iov[PIECE_IOV];
     struct request piece = *req;
 
     if (!whole && !(p->was_zero && p->at.fresh))
-        return write_mixed(q, req, p, done, *len);
+        return write_mixed(q, req, p, done, len);
     piece.flags &= ~(unsigned)REQUEST_FUA;
-    if (*len < req->len && request_slice(&piece, req, done, *len, iov, PIECE_IOV) < *len)
-        return write_mixed(q, req, p, done, *len); /* more vectors than fit */
+    if (len < req->len && request_slice(&piece, req, done, len, iov, PIECE_IOV) < len)
+        return write_mixed(q, req, p, done, len); /* more vectors than fit */
     return edge_co_request_at(q->file, &piece, p->at.host_offset + head);
 }
 
@@ -300,7 +300,7 @@ static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing
         return r;
     p->count = p->at.count;
     *ret_len = MIN(req->len - done, ((p->cluster + p->count) << q->cluster_bits) - offset);
-    r = write_data(q, req, p, done, ret_len);
+    r = write_data(q, req, p, done, *ret_len);
     if (r == 0)
         publish(q, p);
     else if (!p->reuses)

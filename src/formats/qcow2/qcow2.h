@@ -38,7 +38,6 @@
 /* A part of an L2 table, in memory. */
 struct qcow2_slice {
     uint64_t index; /* constant: guest offset >> (cluster bits + slice bits) */
-    bool used;      /* atomic, a hint: since the last look of the one who evicts */
 
     /* Protected by qcow2.lock. */
     unsigned pins;      /* who will change entries, or writes them to the disk */
@@ -54,8 +53,10 @@ struct qcow2_map {
     uint64_t *l1; /* atomic entries, changed under qcow2.lock; in the host's byte order */
     uint32_t l1_size;
     uint64_t l1_offset;
-    struct qcow2_slice *
-        *slices; /* atomic; set and cleared under qcow2.lock; readers are inside the node's epoch */
+    /* Atomic; set and cleared under qcow2.lock; readers are inside the node's epoch. */
+    struct qcow2_slice **slices;
+    /* Atomic hints: used since the last look of the one who evicts. Apart from the slices, since many fit into a cache line. */
+    bool *used;
     uint64_t slice_count;
     uint64_t cache_max; /* bytes of slices */
 
