@@ -12,6 +12,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+const char *cli_program = "cairn";
+
+static int exit_status = -1;
+
+void cli_set_exit_status(int status)
+{
+    exit_status = status;
+}
+
+int cli_exit_status(void)
+{
+    return exit_status;
+}
+
 int cli_usage(struct error **err, const char *fmt, ...)
 {
     AUTO(free_ptr) char *text = NULL;
@@ -76,7 +90,7 @@ void cli_warn(const char *fmt, ...)
     text = xvasprintf(fmt, args);
     va_end(args);
     (void)fflush(stdout);
-    (void)fprintf(stderr, "cairn: warning: %s\n", text);
+    (void)fprintf(stderr, "%s: warning: %s\n", cli_program, text);
 }
 
 static volatile sig_atomic_t interrupted;

@@ -24,6 +24,7 @@ struct cli_command {
     const char *summary;   /* a few words */
     const char *arguments; /* behind the name, in the usage line */
     const char *help;      /* the lines of the options */
+    bool is_image_tool;    /* wrong usage ends with the status 1, as in the peer's tool for images */
     /* argv[0] is the name. 0, or a negative errno and *err, or one of the above. */
     int (*run)(int argc, char **argv, struct error **err);
 };
@@ -32,8 +33,17 @@ extern const struct cli_command backup_command;
 extern const struct cli_command backups_command;
 extern const struct cli_command jobs_command;
 extern const struct cli_command qmp_command;
+extern const struct cli_command convert_command;
+extern const struct cli_command create_command;
+extern const struct cli_command info_command;
+extern const struct cli_command map_command;
 extern const struct cli_command restore_command;
 extern const struct cli_command serve_command;
+
+/* The program's exit status, for a command whose statuses mean more than cli_status; an error is still printed. */
+void cli_set_exit_status(int status);
+/* -1: none was set. */
+int cli_exit_status(void);
 
 /* Sets *err; returns CLI_WRONG_USAGE. */
 int cli_usage(struct error **err, const char *fmt, ...) PRINTF_LIKE(2, 3);
@@ -56,6 +66,8 @@ int cli_read_size(const char *option, const char *text, uint64_t *ret, struct er
 
 /* One line, or indented. Takes the value. */
 void cli_print_json(json_t *value, bool pretty);
+/* How messages name the program; `cairn` unless it is called by another name. */
+extern const char *cli_program;
 /* `cairn: warning: ...` on standard error. */
 void cli_warn(const char *fmt, ...) PRINTF_LIKE(1, 2);
 

@@ -3,6 +3,7 @@
 #include "base/log.h"
 #include "base/macros.h"
 #include "cli/cli.h"
+#include "cli/image/personality.h"
 #include "config.h"
 
 #include <signal.h>
@@ -10,8 +11,8 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-    &serve_command,   &backup_command, &backups_command,
-    &restore_command, &jobs_command,   &qmp_command,
+    &serve_command, &backup_command, &backups_command, &restore_command,
+    &jobs_command,  &qmp_command,
 };
 
 static void print_help(void)
@@ -21,6 +22,9 @@ static void print_help(void)
         "Serves virtual disks, backs them up while they are in use, and looks at what the daemon does.\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
         printf("  %-8s  %s\n", commands[i]->name, commands[i]->summary);
+    printf("\nImages that are not in use:\n\n");
+    for (size_t i = 0; image_commands[i]; i++)
+        printf("  %-8s  %s\n", image_commands[i]->name, image_commands[i]->summary);
     printf("\n`cairn help COMMAND` says more about one of them.\n"
            "Exit status: 0; 1 after a failure; 2 for arguments that are wrong.\n");
 }
@@ -35,6 +39,10 @@ static const struct cli_command *find(const char *name)
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++) {
         if (strcmp(commands[i]->name, name) == 0)
             return commands[i];
+    }
+    for (size_t i = 0; image_commands[i]; i++) {
+        if (strcmp(image_commands[i]->name, name) == 0)
+            return image_commands[i];
     }
     return NULL;
 }
@@ -74,6 +82,8 @@ static int run(int argc, char **argv, struct error **err)
     r = c->run(argc - 1, argv + 1, err);
     if (r == CLI_WANTS_HELP)
         print_command_help(c);
+    if (r == CLI_WRONG_USAGE && c->is_image_tool)
+        r = CLI_FAILED;
     return r == CLI_WANTS_HELP ? 0 : r;
 }
 
@@ -90,14 +100,21 @@ int main(int argc, char **argv)
 
     (void)signal(SIGPIPE, SIG_IGN); /* who writes sees it */
     log_set_hook(warn, LOG_WARNING);
+    if (argc > 0 && personality_is_qemu_img(argv[0])) {
+        cli_program = "qemu-img";
+        return personality_qemu_img(argc, argv);
+    }
     r = run(argc, argv, &err);
     if ((fflush(stdout) < 0 || ferror(stdout)) && r == 0) {
         (void)fprintf(stderr, "cairn: cannot write to standard output\n");
         return CLI_FAILED;
     }
+    if (err)
+        (void)fprintf(stderr, "cairn: %s\n", error_text(err));
+    error_free(&err);
+    if (cli_exit_status() >= 0)
+        return cli_exit_status();
     if (r == 0)
         return 0;
-    (void)fprintf(stderr, "cairn: %s\n", error_text(err));
-    error_free(&err);
     return r == CLI_WRONG_USAGE ? CLI_USAGE : CLI_FAILED;
 }

@@ -74,6 +74,8 @@ static size_t qcow2_header_put_fields(const struct qcow2_layout *l, uint8_t *at)
     store_be32(at + QCOW2_OFFSET_REFCOUNT_TABLE_CLUSTERS, (uint32_t)l->refcount_table_clusters);
     if (l->version < 3)
         return QCOW2_HEADER_LENGTH_V2;
+    store_be64(at + QCOW2_OFFSET_COMPATIBLE,
+               l->lazy_refcounts ? QCOW2_COMPATIBLE_LAZY_REFCOUNTS : 0);
     store_be32(at + QCOW2_OFFSET_REFCOUNT_ORDER, l->refcount_order);
     store_be32(at + QCOW2_OFFSET_HEADER_LENGTH, QCOW2_HEADER_LENGTH_V3);
     return QCOW2_HEADER_LENGTH_V3;
@@ -155,6 +157,8 @@ static int qcow2_create_check(const struct qcow2_create_options *o, struct error
         return error_set(err, EINVAL,
                          "refcount_order is %u, but qcow2 version 2 has only %d (16 bits)",
                          o->refcount_order, QCOW2_REFCOUNT_ORDER_V2);
+    if (o->version < 3 && o->lazy_refcounts)
+        return error_set(err, EINVAL, "lazy refcounts need qcow2 version 3");
     if (o->size > NODE_SIZE_MAX)
         return error_set(err, EINVAL, "size is %" PRIu64 " bytes, expected %" PRIu64 " at most",
                          o->size, (uint64_t)NODE_SIZE_MAX);
@@ -254,6 +258,7 @@ int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_l
         .version = options->version,
         .cluster_bits = options->cluster_bits,
         .refcount_order = options->refcount_order,
+        .lazy_refcounts = options->lazy_refcounts,
         .backing_file = options->backing_file,
         .backing_format = options->backing_format,
     };

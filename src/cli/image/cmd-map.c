@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cairn map: where the disk's content lies, layer by layer. Each layer is opened alone and asked for what it answers itself; what
+ * it does not is asked of the next one.
+ */
+#include "base/alloc.h"
+#include "base/checked.h"
+#include "base/json-text.h"
+#include "base/macros.h"
+#include "cli/image/tool.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BATCH 256
+
+struct map {
+    struct image_spec spec;
+    bool json;
+    uint64_t start;
+    uint64_t max_len;
+    bool has_max;
+};
+
+/* What a layer or a file has said last. */
+struct answers {
+    struct backend *backend;
+    struct extent v[BATCH];
+    struct extents list;
+    unsigned next; /* in `list` */
+};
+
+struct entry {
+    uint64_t start;
+    uint64_t len;
+    size_t depth;
+    bool present;
+    bool zero;
+    bool data;
+    bool has_offset;
+    uint64_t offset;
+    const char *filename; /* NULL: not as it is in a file */
+};
+
+struct mapping_walk {
+    const struct map *map;
+    struct image image;
+    struct answers *formats; /* one for each layer */
+    struct answers *files;
+    struct entry current; /* not printed yet, as what follows may continue it */
+    bool printed;
+};
+
+/* The extent that `offset` is in, cut to what begins there and to `len`. */
+static int co_fn answer(struct answers *a, uint64_t offset, uint64_t len, struct extent *ret)
+{
+    const struct extent *e = a->list.count ? &a->v[a->next] : NULL;
+
+    if (e && (offset < e->offset || offset > extents_end(&a->list, 0)))
+        e = NULL;
+    while (e && offset >= e->offset + e->len && ++a->next < a->list.count)
+        e = &a->v[a->next];
+    if (!e || a->next == a->list.count) {
+        struct request req = {
+            .kind = REQUEST_EXTENTS,
+            .offset = offset,
+            .len = backend_size(a->backend) - offset,
+            .extents = &a->list,
+        };
+        int r;
+
+        a->list = (struct extents){.v = a->v, .max = BATCH};
+        a->next = 0;
+        r = backend_co_request(a->backend, &req);
+        if (r < 0)
+            return r;
+        e = &a->v[0];
+    }
+    *ret = *e;
+    ret->host_offset += offset - e->offset;
+    ret->len = MIN(e->offset + e->len - offset, len);
+    ret->offset = offset;
+    return 0;
+}
+
+static void print_text(const struct entry *e)
+{
+    if (e->data && !e->zero && e->has_offset && e->filename)
+        printf("%#-16" PRIx64 "%#-16" PRIx64 "%#-16" PRIx64 "%s\n", e->start, e->len, e->offset,
+               e->filename);
+}
+
+static const char *word(bool b)
+{
+    return b ? "true" : "false";
+}
+
+static void print_json(struct mapping_walk *w, const struct entry *e)
+{
+    printf("%s{ \"start\": %" PRIu64 ", \"length\": %" PRIu64
+           ", \"depth\": %zu, \"present\": %s, \"zero\": %s, \"data\": %s",
+           w->printed ? ",\n" : "[", e->start, e->len, e->depth, word(e->present), word(e->zero),
+           word(e->data));
+    if (e->has_offset)
+        printf(", \"offset\": %" PRIu64, e->offset);
+    printf("}");
+    w->printed = true;
+}
+
+static void print_current(struct mapping_walk *w)
+{
+    if (!w->current.len)
+        return;
+    if (w->map->json)
+        print_json(w, &w->current);
+    else
+        print_text(&w->current);
+    w->current.len = 0;
+}
+
+static bool continues(const struct entry *a, const struct entry *b)
+{
+    return a->len && a->depth == b->depth && a->present == b->present && a->zero == b->zero &&
+           a->data == b->data && a->has_offset == b->has_offset &&
+           (!a->has_offset || a->offset + a->len == b->offset);
+}
+
+static int add(struct mapping_walk *w, const struct entry *e, struct error **err)
+{
+    if (continues(&w->current, e)) {
+        w->current.len += e->len;
+        return 0;
+    }
+    print_current(w);
+    w->current = *e;
+    if (!w->map->json && e->data && !e->zero && !e->has_offset)
+        return error_set(err, ENOTSUP, "File contains external, encrypted or compressed clusters.");
+    return 0;
+}
+
+/* Data may lie where the file itself has a hole: it then reads as zeroes, too. */
+static int co_fn refine(struct mapping_walk *w, size_t depth, struct entry *e)
+{
+    struct answers *file = &w->files[depth];
+    uint64_t size = backend_size(file->backend);
+    struct extent x;
+    int r;
+
+    if (!e->data || !e->has_offset || file->backend == w->formats[depth].backend)
+        return 0;
+    if (e->offset >= size) {
+        e->zero = true;
+        return 0;
+    }
+    r = answer(file, e->offset, MIN(e->len, size - e->offset), &x);
+    if (r == 0) {
+        e->len = x.len;
+        e->zero = x.flags & EXTENT_ZERO;
+    }
+    return r;
+}
+
+/* What lies at `offset`, of `len` bytes at most. */
+static int co_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len, struct entry *e)
+{
+    size_t last = w->image.count - 1;
+
+    *e = (struct entry){.start = offset, .len = len, .depth = last, .zero = true};
+    for (size_t i = 0; i <= last; i++) {
+        struct answers *a = &w->formats[i];
+        uint64_t size = backend_size(a->backend);
+        struct extent x;
+        int r;
+
+        if (offset >= size) { /* a short backing file shows nothing, and nothing below it does */
+            if (i == 0 && offset < image_size(&w->image)) { /* the rest of the last sector */
+                e->present = true;
+                e->depth = 0;
+                e->has_offset = w->image.layers[0].path;
+                e->offset = offset;
+            } else { /* the layer above says so, by reaching further */
+                e->depth = i ? i - 1 : 0;
+            }
+            return 0;
+        }
+        r = answer(a, offset, MIN(e->len, size - offset), &x);
+        if (r < 0)
+            return r;
+        e->len = x.len;
+        if (!(x.flags & EXTENT_ALLOCATED) && i < last)
+            continue;
+        e->depth = i;
+        e->present = x.flags & EXTENT_ALLOCATED;
+        e->data = x.flags & EXTENT_DATA;
+        e->zero = x.flags & EXTENT_ZERO;
+        e->has_offset = x.flags & EXTENT_OFFSET_VALID;
+        e->offset = x.host_offset;
+        e->filename = w->image.layers[i].filename;
+        return refine(w, i, e);
+    }
+    return 0;
+}
+
+static int co_fn control_fn walk(struct mapping_walk *w, struct error **err)
+{
+    uint64_t size = image_size(&w->image);
+    uint64_t at = w->map->start;
+    uint64_t end = at < size && w->map->has_max ? at + MIN(w->map->max_len, size - at) : size;
+    int r = 0;
+
+    while (r == 0 && at < end) {
+        struct entry e;
+
+        r = find(w, at, end - at, &e);
+        if (r < 0)
+            return error_set(err, -r, "Failed to read image metadata: %s", strerror(-r));
+        r = add(w, &e, err);
+        at += e.len;
+        if (r == 0 && cli_interrupted())
+            r = cli_interrupted_error(err);
+    }
+    if (r == 0)
+        print_current(w);
+    return r;
+}
+
+static int co_fn control_fn open_layers(struct mapping_walk *w, struct error **err)
+{
+    struct access access = {.wants = ACCESS_READ,
+                            .tolerates = ACCESS_READ | ACCESS_WRITE_UNCHANGED};
+    struct image *image = &w->image;
+    int r = 0;
+
+    w->formats = xnew_n(struct answers, image->count);
+    w->files = xnew_n(struct answers, image->count);
+    for (size_t i = 0; r == 0 && i < image->count; i++) {
+        struct image_layer *l = &image->layers[i];
+
+        r = image_co_backend(&w->formats[i].backend, image->graph, l->node, access, err);
+        if (r == 0 && l->node == l->file_node)
+            w->files[i].backend = w->formats[i].backend;
+        else if (r == 0)
+            r = image_co_backend(&w->files[i].backend, image->graph, l->file_node,
+                                 (struct access){ACCESS_READ, ACCESS_ALL}, err);
+    }
+    return r;
+}
+
+static void co_fn control_fn close_layers(struct mapping_walk *w)
+{
+    for (size_t i = 0; w->formats && i < w->image.count; i++) {
+        if (w->files[i].backend != w->formats[i].backend)
+            (void)backend_co_free(w->files[i].backend);
+        (void)backend_co_free(w->formats[i].backend);
+    }
+    free(w->formats);
+    free(w->files);
+}
+
+static int co_fn control_fn map(struct graph *g, void *arg, struct error **err)
+{
+    struct mapping_walk w = {.map = arg};
+    int r = image_co_open(&w.image, g, "i", &w.map->spec, err);
+
+    if (r == 0)
+        r = open_layers(&w, err);
+    if (r == 0 && !w.map->json)
+        printf("%-16s%-16s%-16s%s\n", "Offset", "Length", "Mapped to", "File");
+    if (r == 0)
+        r = walk(&w, err);
+    if (r == 0 && w.map->json)
+        printf(w.printed ? "]\n" : "[]\n");
+    close_layers(&w);
+    image_co_close(&w.image);
+    return r;
+}
+
+static int read_option(struct map *m, int opt, struct error **err)
+{
+    switch (opt) {
+    case 'f':
+        m->spec.format = optarg;
+        return 0;
+    case 'U':
+        m->spec.flags |= IMAGE_SHARE;
+        return 0;
+    case 's':
+        return tool_read_size("start offset", optarg, &m->start, err);
+    case 'l':
+        m->has_max = true;
+        return tool_read_size("max length", optarg, &m->max_len, err);
+    case TOOL_IMAGE_OPTS:
+        m->spec.options = true;
+        return 0;
+    case TOOL_OUTPUT:
+        return tool_read_output(optarg, &m->json, err);
+    default:
+        return opt;
+    }
+}
+
+static int map_run(int argc, char **argv, struct error **err)
+{
+    static const struct option options[] = {
+        TOOL_LONG_OPTIONS,
+        {"format", required_argument, NULL, 'f'},
+        {"output", required_argument, NULL, TOOL_OUTPUT},
+        {"force-share", no_argument, NULL, 'U'},
+        {"start-offset", required_argument, NULL, 's'},
+        {"max-length", required_argument, NULL, 'l'},
+        {NULL, 0, NULL, 0},
+    };
+    struct map m = {.spec.flags = IMAGE_SEPARATE};
+    int opt;
+    int r = 0;
+
+    while (r == 0 && (opt = tool_next_option(argc, argv, "f:s:l:U", options, err)) != -1)
+        r = read_option(&m, opt, err);
+    if (r == 0 && argc - optind != 1)
+        r = cli_usage(err, "Expecting one image file name");
+    if (r == 0)
+        r = tool_check_format(&m.spec, err);
+    if (r < 0)
+        return r;
+    m.spec.name = argv[optind];
+    cli_catch_signals();
+    return tool_run(map, &m, err);
+}
+
+const struct cli_command map_command = {
+    .name = "map",
+    .summary = "say where an image's data lies",
+    .arguments = "[OPTION]... FILE",
+    .help =
+        "Lists the ranges of the disk, and which file of the chain holds them. The text lists data only.\n"
+        "\n"
+        "  -f FORMAT                 of FILE: raw or qcow2; by default it is probed\n"
+        "  -s, --start-offset SIZE   begin there\n"
+        "  -l, --max-length SIZE     so much of it\n"
+        "      --output FORMAT       human (default) or json\n"
+        "      --image-opts          FILE is options: driver=qcow2,file.filename=PATH\n"
+        "  -U, --force-share         although others write to it\n"
+        "      --allow DIR           what images refer to may lie in DIR, too\n"
+        "  -h, --help                say this and exit\n",
+    .is_image_tool = true,
+    .run = map_run,
+};

@@ -1,0 +1,295 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Workers, each of which takes the next piece, reads it, waits for its turn if the order matters, and writes what is not zero. */
+#include "cli/image/image-copy.h"
+#include "base/checked.h"
+#include "base/macros.h"
+#include "loop/iobuf.h"
+#include "loop/loop.h"
+#include "loop/scope.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+
+#define CHUNK  ((uint64_t)1 << 20)
+#define SECTOR 512
+
+enum piece_kind { PIECE_DATA, PIECE_ZERO, PIECE_LEFT };
+
+struct piece {
+    enum piece_kind kind;
+    const struct image_copy_source *source;
+    uint64_t at; /* in the target */
+    uint64_t len;
+    uint64_t number;
+};
+
+bool image_is_zero(const void *data, size_t len)
+{
+    const uint8_t *b = data;
+
+    /* Most data that is not zero says so at once. */
+    return !len || (b[0] == 0 && memcmp(b, b + 1, len - 1) == 0);
+}
+
+static int fail(struct image_copy *c, int r, const char *what, uint64_t at)
+{
+    if (c->result == 0) {
+        c->result = r;
+        (void)error_set(&c->error, -r, "error while %s at byte %" PRIu64 ": %s", what, at,
+                        strerror(-r));
+    }
+    return r;
+}
+
+/* ---- what is to be done next ---- */
+
+static int co_fn ask_extents(struct image_copy *c, const struct image_copy_source *s)
+{
+    struct request req = {
+        .kind = REQUEST_EXTENTS,
+        .offset = c->at - s->begin,
+        .len = backend_size(s->backend) - (c->at - s->begin),
+        .extents = &c->list,
+    };
+
+    c->list = (struct extents){.v = c->v, .max = ARRAY_SIZE(c->v)};
+    c->next = 0;
+    return backend_co_request(s->backend, &req);
+}
+
+static enum piece_kind kind_of(const struct image_copy *c, const struct extent *e)
+{
+    if (c->only_own && !(e->flags & EXTENT_ALLOCATED))
+        return PIECE_LEFT;
+    return e->flags & EXTENT_ZERO ? PIECE_ZERO : PIECE_DATA;
+}
+
+/* Of the source's extent at c->at; the rest of the last sector beyond its end is zeroes. */
+static int co_fn take_from(struct image_copy *c, const struct image_copy_source *s,
+                           struct piece *piece)
+{
+    uint64_t offset = c->at - s->begin;
+    const struct extent *e;
+    int r = 0;
+
+    *piece = (struct piece){.kind = PIECE_ZERO, .source = s, .at = c->at, .len = s->size - offset};
+    if (offset >= backend_size(s->backend))
+        return 0;
+    while (c->next < c->list.count && offset >= c->v[c->next].offset + c->v[c->next].len)
+        c->next++;
+    if (c->next >= c->list.count)
+        r = ask_extents(c, s);
+    if (r < 0 && !c->salvage)
+        return fail(c, r, "reading block status", c->at);
+    if (r < 0) {
+        c->list.count = 0;
+        piece->kind = PIECE_DATA;
+        piece->len = MIN(CHUNK, piece->len);
+        return 0;
+    }
+    e = &c->v[c->next];
+    piece->kind = kind_of(c, e);
+    piece->len = MIN(e->offset + e->len - offset, piece->len);
+    return 0;
+}
+
+/* Under c->claim. 1: a piece; 0: nothing is left. */
+static int co_fn claim_locked(struct image_copy *c, struct piece *piece)
+{
+    const struct image_copy_source *s = &c->sources[c->source];
+    uint64_t chunk = MAX(CHUNK, align_up(c->sparse, CHUNK));
+    int r;
+
+    while (c->at >= s->begin + s->size) {
+        if (++c->source >= c->source_count) {
+            c->source = c->source_count - 1;
+            return 0;
+        }
+        s++;
+        c->list.count = 0;
+    }
+    r = take_from(c, s, piece);
+    if (r < 0)
+        return r;
+    if (piece->kind == PIECE_ZERO && !c->sparse)
+        piece->kind = PIECE_DATA; /* it is read as what it is */
+    if (piece->kind == PIECE_DATA)
+        piece->len = MIN(align_down(piece->at, chunk) + chunk - piece->at, piece->len);
+    piece->number = c->begun++;
+    c->at += piece->len;
+    return 1;
+}
+
+static int co_fn claim(struct image_copy *c, struct piece *piece)
+{
+    int r;
+
+    co_mutex_lock(&c->claim);
+    r = c->result ? c->result : claim_locked(c, piece);
+    co_mutex_unlock(&c->claim);
+    return r;
+}
+
+/* ---- doing it ---- */
+
+static int co_fn read_sectors(const struct piece *p, struct iobuf *buf)
+{
+    for (uint64_t done = 0; done < p->len; done += SECTOR) {
+        size_t len = (size_t)MIN(p->len - done, (uint64_t)SECTOR);
+        int r = image_co_read(p->source->backend, p->at - p->source->begin + done, buf->data + done,
+                              len, buf);
+
+        if (r == -ECANCELED)
+            return r;
+        if (r < 0) {
+            cli_warn("error while reading at byte %" PRIu64 ": %s, leaving zeroes", p->at + done,
+                     strerror(-r));
+            memset(buf->data + done, 0, len);
+        }
+    }
+    return 0;
+}
+
+static int co_fn read_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
+{
+    int r =
+        image_co_read(p->source->backend, p->at - p->source->begin, buf->data, (size_t)p->len, buf);
+
+    if (r < 0 && r != -ECANCELED && c->salvage)
+        r = read_sectors(p, buf);
+    return r < 0 ? fail(c, r, "reading", p->at) : 0;
+}
+
+static int co_fn write_run(struct image_copy *c, uint64_t at, struct iobuf *buf, size_t from,
+                           size_t len, bool zero)
+{
+    unsigned flags = c->writethrough ? REQUEST_FUA : 0;
+    int r = 0;
+
+    if (!zero)
+        r = image_co_write(c->target, at, buf->data + from, len, flags, buf);
+    else if (!c->target_zero)
+        r = image_co_zero(c->target, at, len, flags | REQUEST_MAY_UNMAP);
+    return r < 0 ? fail(c, r, "writing", at) : 0;
+}
+
+/* The end of the unit that byte `from` of the piece is in, counted from the piece's begin. */
+static size_t unit_end(const struct piece *p, size_t from, uint64_t unit)
+{
+    return (size_t)MIN(align_down(p->at + from, unit) + unit - p->at, p->len);
+}
+
+/* Data is written in runs as long as there are; zeroes are told by whole units. */
+static int co_fn write_data(struct image_copy *c, const struct piece *p, struct iobuf *buf)
+{
+    uint64_t unit = MAX(c->sparse, c->unit);
+    size_t from = 0;
+    int r = 0;
+
+    if (!c->sparse)
+        return write_run(c, p->at, buf, 0, (size_t)p->len, false);
+    while (r == 0 && from < p->len) {
+        size_t to = unit_end(p, from, unit);
+        bool zero = image_is_zero(buf->data + from, to - from);
+
+        while (to < p->len) {
+            size_t next = unit_end(p, to, unit);
+
+            if (image_is_zero(buf->data + to, next - to) != zero)
+                break;
+            to = next;
+        }
+        r = write_run(c, p->at + from, buf, from, to - from, zero);
+        from = to;
+    }
+    return r;
+}
+
+static int co_fn wait_for_turn(struct image_copy *c, const struct piece *p)
+{
+    while (c->in_order && c->ended != p->number && !c->result) {
+        tiny_lock_acquire(&c->lock);
+        if (wait_queue_wait(&c->turn, &c->lock, LOOP_FOREVER) < 0)
+            return -ECANCELED;
+    }
+    return c->result;
+}
+
+static void end_turn(struct image_copy *c)
+{
+    c->ended++;
+    tiny_lock_acquire(&c->lock);
+    wait_queue_wake_all(&c->turn);
+    tiny_lock_release(&c->lock);
+}
+
+/* So that no more than the rate goes out on average. */
+static int co_fn keep_rate(struct image_copy *c, uint64_t bytes)
+{
+    c->data_done += bytes;
+    if (!c->rate)
+        return 0;
+    return co_sleep_until(c->started_ns +
+                          (uint64_t)((double)c->data_done / (double)c->rate * (double)NS_PER_S));
+}
+
+static int co_fn copy_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
+{
+    int r = p->kind == PIECE_DATA ? read_piece(c, p, buf) : 0;
+
+    if (r == 0)
+        r = wait_for_turn(c, p);
+    if (r == 0 && p->kind == PIECE_DATA)
+        r = write_data(c, p, buf);
+    else if (r == 0 && p->kind == PIECE_ZERO && !c->target_zero)
+        r = write_run(c, p->at, buf, 0, (size_t)p->len, true);
+    end_turn(c);
+    if (r == 0 && p->kind == PIECE_DATA)
+        r = keep_rate(c, p->len);
+    return r;
+}
+
+static void co_fn work(void *arg)
+{
+    struct image_copy *c = arg;
+    struct iobuf *buf = iobuf_new(MAX(CHUNK, align_up(c->sparse, CHUNK)));
+    int r = buf ? 0 : -ENOMEM;
+
+    while (r == 0) {
+        struct piece piece = {.source = c->sources};
+
+        if (cli_interrupted() && c->result == 0)
+            c->result = cli_interrupted_error(&c->error);
+        r = claim(c, &piece);
+        if (r <= 0)
+            break;
+        r = copy_piece(c, &piece, buf);
+        c->progress->done += piece.len;
+    }
+    iobuf_unref(buf);
+    if (r < 0 && c->result == 0)
+        c->result = error_set(&c->error, -r, "%s", strerror(-r));
+}
+
+int image_co_copy(struct image_copy *c, struct error **err)
+{
+    struct co_scope scope;
+
+    c->started_ns = loop_clock();
+    co_mutex_init(&c->claim);
+    wait_queue_init(&c->turn);
+    co_scope_init(&scope);
+    for (unsigned i = 0; i < c->workers && c->result == 0; i++) {
+        int r = co_scope_start(&scope, work, c);
+
+        if (r < 0 && c->result == 0)
+            c->result = error_set(&c->error, -r, "%s", strerror(-r));
+    }
+    co_scope_join(&scope);
+    if (c->result < 0) {
+        error_move(err, &c->error);
+        return error_wrap(err, c->result, "'%s' is written in part only", c->target_name);
+    }
+    return 0;
+}

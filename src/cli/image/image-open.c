@@ -1,0 +1,633 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Opening. A chain is resolved from the top: each layer's file is opened as a node of its own, its start is read, and that says
+ * what the next layer is. Then the formats are opened from the bottom, above nodes that are there already.
+ */
+#include "base/alloc.h"
+#include "base/checked.h"
+#include "base/json-in.h"
+#include "base/keyval.h"
+#include "base/macros.h"
+#include "cli/cli.h"
+#include "cli/image/image.h"
+#include "cli/layers.h"
+#include "graph/grants.h"
+#include "loop/iobuf.h"
+#include "schema-types.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define SECTOR 512
+
+static bool follow_all;
+static const char **allowed;
+static size_t allowed_count;
+
+void image_follow_all(void)
+{
+    follow_all = true;
+}
+
+void image_allow(const char *dir)
+{
+    allowed = realloc(allowed, (allowed_count + 1) * sizeof(*allowed));
+    if (!allowed)
+        abort(); /* as all small memory */
+    allowed[allowed_count++] = dir;
+}
+
+/* ---- names ---- */
+
+/* What stands before the first ':' if that makes it a protocol; 0 if nothing does. */
+static size_t protocol_len(const char *name)
+{
+    size_t len = strcspn(name, ":/");
+
+    return name[len] == ':' ? len : 0;
+}
+
+static bool has_protocol(const char *name, const char *protocol)
+{
+    size_t len = protocol_len(name);
+
+    return len && len == strlen(protocol) && memcmp(name, protocol, len) == 0;
+}
+
+char *image_combine(const char *base, const char *name)
+{
+    const char *slash = base ? strrchr(base, '/') : NULL;
+
+    if (*name == '/' || protocol_len(name) || !slash)
+        return xstrdup(name);
+    return xasprintf("%.*s%s", (int)(slash - base + 1), base, name);
+}
+
+bool image_format_known(const char *format)
+{
+    return strcmp(format, "raw") == 0 || strcmp(format, "qcow2") == 0;
+}
+
+static bool is_protocol(const char *driver)
+{
+    return strcmp(driver, "file") == 0 || strcmp(driver, "host_device") == 0 ||
+           strcmp(driver, "null-co") == 0;
+}
+
+static const char *driver_of_file(const char *path)
+{
+    struct stat st;
+
+    return stat(path, &st) == 0 && (S_ISBLK(st.st_mode) || S_ISCHR(st.st_mode)) ? "host_device"
+                                                                                : "file";
+}
+
+int image_file_definition(const char *name, json_t **ret, struct error **err)
+{
+    const char *driver = NULL;
+
+    if (has_protocol(name, "file")) {
+        name += strlen("file:");
+        driver = driver_of_file(name);
+    } else if (has_protocol(name, "host_device")) {
+        name += strlen("host_device:");
+        driver = "host_device";
+    } else if (protocol_len(name)) {
+        return error_set(err, ENOTSUP, "'%s': protocol '%.*s' is not supported", name,
+                         (int)protocol_len(name), name);
+    } else {
+        driver = driver_of_file(name);
+    }
+    if (!*name)
+        return error_set(err, EINVAL, "the name of the image is empty");
+    *ret = json_pack("{s:s, s:s}", "driver", driver, "filename", name);
+    return *ret ? 0 : error_set(err, EINVAL, "'%s' is not UTF-8", name);
+}
+
+/* ---- what is said of a layer ---- */
+
+/* A layer to be made, of what the command line or the layer above says. */
+struct wanted {
+    json_t *file;      /* definition of the file's node */
+    char *format;      /* NULL: it is probed */
+    bool bare;         /* the file's node is the image */
+    json_t *options;   /* of the format; may be NULL */
+    json_t *backing;   /* a tree, null, or NULL: nothing is said */
+    const char *shown; /* NULL: the name of the file */
+};
+
+static void wanted_release(struct wanted *w)
+{
+    json_decref(w->file);
+    json_decref(w->options);
+    json_decref(w->backing);
+    free(w->format);
+}
+
+static int complete_file(json_t *file, struct error **err)
+{
+    const char *filename = json_string_value(json_object_get(file, "filename"));
+
+    if (json_object_get(file, "driver"))
+        return 0;
+    if (!filename)
+        return error_set(err, EINVAL, "neither `driver` nor `filename` is given");
+    json_object_set_new(file, "driver", json_string(driver_of_file(filename)));
+    return 0;
+}
+
+/* A tree without its file is the file, or has `file` in it. Takes the tree. */
+static int wanted_from_tree(struct wanted *w, json_t *tree, const char *format, struct error **err)
+{
+    const char *driver = json_string_value(json_object_get(tree, "driver"));
+    json_t *file = json_object_get(tree, "file");
+
+    w->options = tree;
+    if (json_is_object(tree) && driver && is_protocol(driver)) {
+        w->file = take(&w->options);
+        w->bare = !format;
+        w->format = xstrdup(format ? format : driver);
+        return 0;
+    }
+    if (!json_is_object(tree))
+        return error_set(err, EINVAL, "the options of the image are no object");
+    if (driver && !image_format_known(driver))
+        return error_set(err, ENOTSUP, "driver '%s' is not supported", driver);
+    if (driver || format)
+        w->format = xstrdup(driver ? driver : format);
+    if (!file && !driver && json_object_get(tree, "filename")) {
+        w->file = take(&w->options);
+        return complete_file(w->file, err);
+    }
+    if (!json_is_object(file))
+        return error_set(err, EINVAL, "the options of the image do not say what its `file` is");
+    w->file = json_incref(file);
+    w->backing = json_incref(json_object_get(tree, "backing"));
+    json_object_del(tree, "file");
+    json_object_del(tree, "backing");
+    json_object_del(tree, "driver");
+    return complete_file(w->file, err);
+}
+
+static int wanted_from_text(struct wanted *w, const char *text, const char *format,
+                            struct error **err)
+{
+    enum json_in_mode mode;
+    json_t *tree;
+    int r = keyval_load(text, NULL, &tree, &mode, err);
+
+    return r < 0 ? r : wanted_from_tree(w, tree, format, err);
+}
+
+static int wanted_from_name(struct wanted *w, const char *name, const char *format,
+                            struct error **err)
+{
+    if (has_protocol(name, "json"))
+        return wanted_from_text(w, name + strlen("json:"), format, err);
+    if (format)
+        w->format = xstrdup(format);
+    return image_file_definition(name, &w->file, err);
+}
+
+/* ---- nodes ---- */
+
+int image_co_add_node(struct graph *g, json_t *definition, struct error **err)
+{
+    struct node_options options;
+    int r;
+
+    if (!definition)
+        return error_set(err, EINVAL, "a path is not UTF-8");
+    r = json_in(&node_options_type, definition, JSON_IN_COMMAND_LINE, "", &options, err);
+    json_decref(definition);
+    if (r < 0)
+        return r;
+    r = graph_co_add(g, &options, err);
+    schema_free(&node_options_type, &options);
+    return r;
+}
+
+int image_co_backend(struct backend **ret, struct graph *g, const char *node, struct access access,
+                     struct error **err)
+{
+    int r = backend_co_new(ret, g, node, access, "this program", err);
+
+    if (r == 0 && backend_attach(*ret) < 0) {
+        *ret = backend_co_free(*ret);
+        return error_set(err, ENOMEM, "no memory");
+    }
+    return r;
+}
+
+/* What all nodes of a layer have in common. The user's own words go first. */
+static void set_common(json_t *def, const struct image *image, size_t i)
+{
+    bool writes = i == 0 && (image->flags & IMAGE_WRITE);
+
+    if (!writes)
+        json_object_set_new(def, "read-only", json_true());
+    if (!writes && (image->flags & IMAGE_SHARE) && !json_object_get(def, "force-share"))
+        json_object_set_new(def, "force-share", json_true());
+    if (writes && !json_object_get(def, "discard"))
+        json_object_set_new(def, "discard", json_string("unmap"));
+    if ((image->flags & (IMAGE_DIRECT | IMAGE_NO_FLUSH)) && !json_object_get(def, "cache"))
+        json_object_set_new(def, "cache",
+                            json_pack("{s:b, s:b}", "direct", !!(image->flags & IMAGE_DIRECT),
+                                      "no-flush", !!(image->flags & IMAGE_NO_FLUSH)));
+}
+
+static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t *file,
+                                           struct error **err)
+{
+    struct image_layer *layer = &image->layers[i];
+    json_t *def = json_deep_copy(file);
+
+    if (!def)
+        return error_set(err, ENOMEM, "no memory");
+    json_object_set_new(def, "node-name", json_string(layer->file_node));
+    set_common(def, image, i);
+    return image_co_add_node(image->graph, def, err);
+}
+
+static int co_fn control_fn open_format_node(struct image *image, size_t i, struct error **err)
+{
+    struct image_layer *layer = &image->layers[i];
+    json_t *def = layer->options ? json_deep_copy(layer->options) : json_object();
+    bool below = !(image->flags & IMAGE_SEPARATE) && i + 1 < image->count;
+
+    if (!def)
+        return error_set(err, ENOMEM, "no memory");
+    json_object_set_new(def, "driver", json_string(layer->format));
+    json_object_set_new(def, "node-name", json_string(layer->node));
+    json_object_set_new(def, "file", json_string(layer->file_node));
+    if (strcmp(layer->format, "qcow2") == 0)
+        json_object_set_new(def, "backing",
+                            below ? json_string(image->layers[i + 1].node) : json_null());
+    set_common(def, image, i);
+    return image_co_add_node(image->graph, def, err);
+}
+
+/* ---- what a file holds ---- */
+
+int image_co_read(struct backend *b, uint64_t offset, void *data, size_t len, struct iobuf *buf)
+{
+    uint64_t size = backend_size(b);
+    size_t inside = offset < size ? (size_t)MIN((uint64_t)len, size - offset) : 0;
+    struct iovec iov = {data, inside};
+    struct request req = {
+        .kind = REQUEST_READ,
+        .offset = offset,
+        .len = inside,
+        .iov = &iov,
+        .iov_count = 1,
+        .hold = buf,
+    };
+
+    memset((uint8_t *)data + inside, 0, len - inside);
+    return inside ? backend_co_request(b, &req) : 0;
+}
+
+int image_co_write(struct backend *b, uint64_t offset, void *data, size_t len, unsigned flags,
+                   struct iobuf *buf)
+{
+    struct iovec iov = {data, len};
+    struct request req = {
+        .kind = REQUEST_WRITE,
+        .flags = flags,
+        .offset = offset,
+        .len = len,
+        .iov = &iov,
+        .iov_count = 1,
+        .hold = buf,
+    };
+
+    return len ? backend_co_request(b, &req) : 0;
+}
+
+int image_co_zero(struct backend *b, uint64_t offset, uint64_t len, unsigned flags)
+{
+    int r = 0;
+
+    while (r == 0 && len) {
+        struct request req = {
+            .kind = REQUEST_WRITE_ZEROES,
+            .flags = flags,
+            .offset = offset,
+            .len = MIN(len, BACKEND_MAX_RANGE),
+        };
+
+        r = backend_co_request(b, &req);
+        offset += req.len;
+        len -= req.len;
+    }
+    return r;
+}
+
+int image_co_flush(struct backend *b)
+{
+    struct request req = {.kind = REQUEST_FLUSH};
+
+    return backend_co_request(b, &req);
+}
+
+static int co_fn look_at_bytes(struct image_layer *layer, const uint8_t *bytes, size_t len,
+                               struct error **err)
+{
+    int r;
+
+    if (!layer->format) {
+        layer->format = xstrdup(layers_probe(layer->path ? layer->path : "", bytes, len));
+        layer->probed = true;
+    }
+    if (strcmp(layer->format, "qcow2") != 0) {
+        if (!image_format_known(layer->format))
+            return error_set(err, ENOTSUP, "'%s': format '%s' is not supported", layer->filename,
+                             layer->format);
+        return 0;
+    }
+    r = qcow2_header_parse(&layer->header, bytes, len, layer->file_size, layer->filename, err);
+    if (r == 0 && layer->header.backing_file)
+        layer->backing_filename = image_combine(layer->path, layer->header.backing_file);
+    if (r == 0 && layer->header.backing_format)
+        layer->backing_format = xstrdup(layer->header.backing_format);
+    return r;
+}
+
+static int co_fn control_fn look_at(struct image *image, size_t i, struct error **err)
+{
+    struct image_layer *layer = &image->layers[i];
+    struct access access = {.wants = ACCESS_READ, .tolerates = ACCESS_ALL};
+    struct backend *b = NULL;
+    struct iobuf *buf;
+    size_t len;
+    int r = image_co_backend(&b, image->graph, layer->file_node, access, err);
+
+    if (r < 0)
+        return r;
+    layer->file_size = backend_size(b);
+    (void)node_allocated_bytes(backend_node(b), &layer->disk_bytes);
+    len = (size_t)MIN(layer->file_size, QCOW2_HEADER_BYTES_MAX);
+    buf = iobuf_new(QCOW2_HEADER_BYTES_MAX);
+    r = buf ? image_co_read(b, 0, buf->data, len, buf) : -ENOMEM;
+    if (r < 0)
+        r = error_set(err, -r, "cannot read '%s': %s", layer->filename, strerror(-r));
+    else
+        r = look_at_bytes(layer, buf->data, len, err);
+    iobuf_unref(buf);
+    (void)backend_co_free(b);
+    return r;
+}
+
+/* ---- the chain ---- */
+
+static int refuse_loop(const struct image *image, const char *path, struct error **err)
+{
+    struct stat now;
+
+    if (!path || stat(path, &now) < 0)
+        return 0; /* opening it says why */
+    for (size_t i = 0; i + 1 < image->count; i++) {
+        const struct image_layer *layer = &image->layers[i];
+        struct stat st;
+
+        if (layer->path && stat(layer->path, &st) == 0 && st.st_dev == now.st_dev &&
+            st.st_ino == now.st_ino)
+            return error_set(err, ELOOP, "'%s' is its own backing file, by way of '%s'", path,
+                             image->layers[image->count - 2].filename);
+    }
+    return 0;
+}
+
+static struct image_layer *append_layer(struct image *image)
+{
+    size_t i = image->count;
+
+    /* By doubling: a chain may be long. */
+    if ((i & (i - 1)) == 0) {
+        image->layers = realloc(image->layers, MAX(2 * i, (size_t)1) * sizeof(*image->layers));
+        if (!image->layers)
+            abort(); /* as all small memory */
+    }
+    image->layers[i] = (struct image_layer){.format = NULL};
+    image->count++;
+    return &image->layers[i];
+}
+
+static void layer_release(struct image_layer *l)
+{
+    free(l->filename);
+    free(l->path);
+    free(l->format);
+    if (l->node != l->file_node)
+        free(l->node);
+    free(l->file_node);
+    qcow2_header_release(&l->header);
+    free(l->backing_filename);
+    free(l->backing_format);
+    json_decref(l->options);
+    json_decref(l->backing);
+}
+
+/* Adds what is wanted as the next layer. Takes what is in it. */
+static int co_fn control_fn add_layer(struct image *image, struct wanted *w, struct error **err)
+{
+    size_t i = image->count;
+    struct image_layer *layer = append_layer(image);
+    const char *path = json_string_value(json_object_get(w->file, "filename"));
+    int r;
+
+    if (i == IMAGE_LAYERS_MAX)
+        return error_set(err, E2BIG, "there are more than %d backing files", IMAGE_LAYERS_MAX - 1);
+    if (path) {
+        layer->path = xstrdup(path);
+        layer->filename = xstrdup(w->shown ? w->shown : path);
+    } else {
+        AUTO(free_ptr) char *text = json_dumps(w->file, JSON_COMPACT);
+
+        layer->filename = xasprintf("json:%s", text ? text : "");
+    }
+    layer->format = take(&w->format);
+    layer->options = take(&w->options);
+    layer->backing = take(&w->backing);
+    layer->file_node = xasprintf("%s%zu.file", image->prefix, i);
+    layer->node = w->bare ? layer->file_node : xasprintf("%s%zu", image->prefix, i);
+    r = refuse_loop(image, layer->path, err);
+    if (r == 0)
+        r = open_file_node(image, i, w->file, err);
+    if (r == 0 && w->bare) {
+        struct node *node = graph_find(image->graph, layer->file_node);
+
+        layer->file_size = node_size(node);
+        (void)node_allocated_bytes(node, &layer->disk_bytes);
+        return 0;
+    }
+    return r < 0 ? r : look_at(image, i, err);
+}
+
+/* Whether there is a layer below the last one, and what it is. */
+static int co_fn control_fn next_layer(struct image *image, struct wanted *w, struct error **err)
+{
+    struct image_layer *layer = &image->layers[image->count - 1];
+    const char *name = layer->backing_filename;
+    char *path = NULL;
+    int r;
+
+    if (layer->backing && !json_is_object(layer->backing)) {
+        const char *text = json_string_value(layer->backing);
+
+        if (json_is_null(layer->backing) || (text && !*text))
+            return 0;
+        return error_set(err, EINVAL, "`backing` is neither null nor the options of an image");
+    }
+    if (layer->backing)
+        r = wanted_from_tree(w, json_incref(layer->backing), NULL, err);
+    else if (!name)
+        return 0;
+    else if (follow_all)
+        r = wanted_from_name(w, name, layer->backing_format, err);
+    else {
+        r = grants_co_check(image->graph, layer->path, layer->header.backing_file, &path, err);
+        if (r == 0)
+            r = wanted_from_name(w, path, layer->backing_format, err);
+        free(path);
+        w->shown = name;
+    }
+    return r < 0 ? r : 1;
+}
+
+static int co_fn control_fn resolve_chain(struct image *image, struct wanted *w, struct error **err)
+{
+    int r = add_layer(image, w, err);
+
+    while (r == 0 && !(image->flags & IMAGE_NO_BACKING)) {
+        struct wanted next = {.file = NULL};
+
+        r = next_layer(image, &next, err);
+        if (r <= 0) {
+            wanted_release(&next);
+            break;
+        }
+        r = add_layer(image, &next, err);
+        wanted_release(&next);
+        if (r < 0)
+            r = error_wrap(err, r, "backing file of '%s'",
+                           image->layers[image->count - 2].filename);
+    }
+    return r;
+}
+
+static int co_fn control_fn open_formats(struct image *image, struct error **err)
+{
+    for (size_t i = image->count; i-- > 0;) {
+        int r = 0;
+
+        if (image->layers[i].node != image->layers[i].file_node)
+            r = open_format_node(image, i, err);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int co_fn control_fn open_backend(struct image *image, struct error **err)
+{
+    struct access access = {.wants = ACCESS_READ,
+                            .tolerates = ACCESS_READ | ACCESS_WRITE_UNCHANGED};
+
+    if (image->flags & IMAGE_WRITE) {
+        access.wants |= ACCESS_WRITE | ACCESS_RESIZE;
+        access.tolerates |= ACCESS_RESIZE; /* our own change of the size */
+    }
+    return image_co_backend(&image->backend, image->graph, image->layers[0].node, access, err);
+}
+
+static int co_fn control_fn open_all(struct image *image, const struct image_spec *spec,
+                                     struct error **err)
+{
+    struct wanted w = {.file = NULL};
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < allowed_count; i++)
+        r = graph_co_grant(image->graph, allowed[i], err);
+    if (r == 0)
+        r = spec->options && !has_protocol(spec->name, "json")
+                ? wanted_from_text(&w, spec->name, NULL, err)
+                : wanted_from_name(&w, spec->name, spec->format, err);
+    if (r == 0 && w.format && !w.bare && !image_format_known(w.format))
+        r = error_set(err, ENOTSUP, "format '%s' is not supported", w.format);
+    if (r == 0)
+        r = resolve_chain(image, &w, err);
+    wanted_release(&w);
+    if (r == 0 && !(image->flags & IMAGE_HEADERS))
+        r = open_formats(image, err);
+    if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE)))
+        r = open_backend(image, err);
+    return r;
+}
+
+int image_co_open(struct image *image, struct graph *g, const char *prefix,
+                  const struct image_spec *spec, struct error **err)
+{
+    int r;
+
+    *image = (struct image){.graph = g, .prefix = xstrdup(prefix), .flags = spec->flags};
+    r = open_all(image, spec, err);
+    if (r < 0) {
+        image_co_close(image);
+        return error_wrap(err, r, "Could not open '%s'", spec->name);
+    }
+    return 0;
+}
+
+static void co_fn control_fn close_node(struct image *image, const char *name)
+{
+    AUTO(error_free) struct error *ignored = NULL; /* it is closed with the graph */
+
+    if (name && graph_find(image->graph, name))
+        (void)graph_co_del(image->graph, name, &ignored);
+}
+
+void image_co_close(struct image *image)
+{
+    if (!image->graph)
+        return;
+    image->backend = backend_co_free(image->backend);
+    for (size_t i = 0; i < image->count; i++) {
+        struct image_layer *layer = &image->layers[i];
+
+        if (layer->node != layer->file_node)
+            close_node(image, layer->node);
+        close_node(image, layer->file_node);
+        layer_release(layer);
+    }
+    free(image->layers);
+    free(image->prefix);
+    *image = (struct image){.graph = NULL};
+}
+
+uint64_t image_size(const struct image *image)
+{
+    const struct image_layer *top = &image->layers[0];
+
+    if (image->backend)
+        return align_up(backend_size(image->backend), SECTOR);
+    return align_up(top->header.version ? top->header.size : top->file_size, SECTOR);
+}
+
+const char *image_format(const struct image *image)
+{
+    return image->layers[0].format;
+}
+
+void image_warn_probed(const struct image *image)
+{
+    const struct image_layer *top = &image->layers[0];
+
+    if (top->probed && strcmp(top->format, "raw") == 0)
+        cli_warn("'%s' has the format of none that is known and is taken as raw: -f raw says so",
+                 top->filename);
+}
