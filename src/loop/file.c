@@ -286,10 +286,10 @@ int file_co_extents(struct file *f, uint64_t offset, uint64_t len, struct file_e
                     unsigned max)
 {
     struct iobuf *hold = iobuf_new(max * sizeof(*ret));
-    struct io_op *op = file_op(f, IO_EXTENTS);
+    struct io_op *op = hold ? file_op(f, IO_EXTENTS) : NULL;
     int64_t n = -ENOMEM;
 
-    if (op && hold) {
+    if (op) {
         op->offset = offset;
         op->len = len;
         op->extents = (struct file_extent *)(void *)hold->data;

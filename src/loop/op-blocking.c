@@ -258,6 +258,15 @@ static int64_t resolve_path(const struct io_op *op)
     return (int64_t)type_of_mode(st.st_mode);
 }
 
+/* Whatever close() says, the descriptor is gone. */
+static int64_t file_close(struct file *f)
+{
+    int fd = f->fd;
+
+    f->fd = -1;
+    return ret_errno(close(fd));
+}
+
 int64_t op_blocking(struct io_op *op)
 {
     struct file *f = op->file;
@@ -288,7 +297,7 @@ int64_t op_blocking(struct io_op *op)
     case IO_OPEN:
         return file_open(op);
     case IO_CLOSE:
-        return ret_errno(close(f->fd));
+        return file_close(f);
     case IO_RENAME:
         return ret_errno(rename(op->path, op->path2));
     case IO_UNLINK:
