@@ -71,12 +71,29 @@ int point_co_new(struct point **ret, const struct point_options *o, struct error
     return 0;
 }
 
+static void co_fn close_main(void *arg)
+{
+    (void)file_co_close(arg); /* nobody reads it any more */
+}
+
+/* P4: past the bound it closes when the host likes. */
+static void co_fn close_scratch(struct point *p)
+{
+    struct co_scope scope;
+
+    co_scope_init(&scope);
+    co_scope_set_deadline(&scope, loop_clock() + p->options.close_ns);
+    if (co_scope_start(&scope, close_main, p->scratch) < 0)
+        (void)file_unref(p->scratch); /* no memory: it is closed here and now */
+    co_scope_join(&scope);
+}
+
 struct point *point_co_free(struct point *p)
 {
     if (!p)
         return NULL;
     if (p->scratch)
-        (void)file_co_close(p->scratch); /* nobody reads it any more */
+        close_scratch(p);
     saved_release(&p->saved);
     bitmap_free(p->uncaught);
     free(p);

@@ -43,6 +43,7 @@ struct point_options {
     uint64_t ram_bytes;
     const char *scratch_dir; /* where the scratch file is made; NULL: none */
     uint64_t scratch_max_bytes;
+    uint64_t close_ns; /* how long its close may take */
 };
 
 struct point;

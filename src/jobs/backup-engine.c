@@ -78,6 +78,7 @@ static int co_fn control_fn make_parts(struct backup *b, const struct backup_opt
     int r;
 
     point.size = b->size;
+    point.close_ns = graph_change_deadline(b->graph);
     b->work = bitmap_new(b->size, BACKUP_CLUSTER);
     b->skipped = bitmap_new(b->size, BACKUP_CLUSTER);
     if (!b->work || !b->skipped)
@@ -88,6 +89,39 @@ static int co_fn control_fn make_parts(struct backup *b, const struct backup_opt
     if (b->sync == BACKUP_NONE)
         point.through = b->target;
     return r < 0 ? r : point_co_new(&b->point, &point, err);
+}
+
+struct make {
+    struct backup *backup;
+    const struct backup_options *options;
+    int result;
+    struct error *error;
+};
+
+static void co_fn control_fn make_main(void *arg)
+{
+    struct make *m = arg;
+
+    m->result = make_parts(m->backup, m->options, &m->error);
+}
+
+/* P4: the files of target and scratch are the host's, and may hang. */
+static int co_fn control_fn make_parts_in_time(struct backup *b, const struct backup_options *o,
+                                               struct error **err)
+{
+    struct make m = {.backup = b, .options = o};
+    struct co_scope scope;
+    int r;
+
+    co_scope_init(&scope);
+    co_scope_set_deadline(&scope, loop_clock() + graph_change_deadline(b->graph));
+    r = co_scope_start(&scope, make_main, &m);
+    co_scope_join(&scope);
+    if (r < 0)
+        return error_set(err, -r, "%s: no memory for a coroutine", o->owner);
+    if (m.result < 0)
+        error_move(err, &m.error);
+    return m.result;
 }
 
 static int backup_pull(void *arg, struct copy_piece *piece, struct iobuf *buf);
@@ -124,7 +158,7 @@ int backup_co_new(struct backup **ret, struct graph *g, const struct backup_opti
     b->policy = o->policy;
     b->policy_arg = o->policy_arg;
     b->size = size;
-    r = make_parts(b, o, err);
+    r = make_parts_in_time(b, o, err);
     if (r < 0) {
         (void)backup_co_free(b);
         return error_wrap(err, r, "%s", o->owner);
