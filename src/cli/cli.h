@@ -31,6 +31,7 @@ struct cli_command {
 
 extern const struct cli_command backup_command;
 extern const struct cli_command backups_command;
+extern const struct cli_command check_command;
 extern const struct cli_command jobs_command;
 extern const struct cli_command qmp_command;
 extern const struct cli_command convert_command;

@@ -12,7 +12,7 @@
 
 static const struct cli_command *const commands[] = {
     &serve_command, &backup_command, &backups_command, &restore_command,
-    &jobs_command,  &qmp_command,
+    &jobs_command,  &qmp_command,    &check_command,
 };
 
 static void print_help(void)

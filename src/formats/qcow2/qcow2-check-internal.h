@@ -26,8 +26,9 @@ struct check_l2 {
     uint64_t offset;
     uint64_t uses; /* entries of L1 tables that point to it */
     bool active;
-    bool known; /* its reference is counted */
-    bool bad;   /* lies where a table cannot be: not looked into */
+    bool known;    /* its reference is counted */
+    bool bad;      /* lies where a table cannot be: not looked into */
+    uint64_t kept; /* of a repair that takes uses away, where there are more than can be counted */
 };
 
 struct check_snapshot {
@@ -74,7 +75,7 @@ struct check {
     uint64_t low;       /* refcounts */
     uint64_t bad_entries;
     uint64_t bad_copied;
-    uint64_t data_clashes; /* mappings to clusters that cannot be shared */
+    uint64_t data_clashes; /* clusters that copies need of what lies where it cannot be shared */
 
     /* Of a repair: free clusters at the end of the file that are counted already. */
     uint64_t spare;
@@ -113,12 +114,14 @@ int check_interrupted(const struct check *x);
 int co_fn check_round(struct check *x, struct error **err);
 void check_forget(struct check *x);
 
-/* References to all clusters of a range; false if it is not in the file, which is told. */
 bool check_in_file(const struct check *x, uint64_t offset, uint64_t len);
 
 enum check_reference { CHECK_NOT_THERE, CHECK_CLASH, CHECK_FINE };
 
-/* For metadata. A clash: some of it is used for other metadata already. */
+/*
+ * References to all clusters of a range; that it is not in the file is told. A clash: some of it is used for other metadata
+ * already, or more often than a refcount can say.
+ */
 int check_refer_meta(struct check *x, uint64_t offset, uint64_t len, uint64_t times,
                      enum check_reference *ret);
 int check_refer_data(struct check *x, uint64_t offset, uint64_t len, uint64_t times,
@@ -131,7 +134,7 @@ uint64_t check_file_size(const struct check *x);
 int co_fn check_read(struct check *x, uint64_t offset, struct iobuf *b, size_t len);
 int co_fn check_read_flat(struct check *x, uint64_t offset, void *ret, size_t len);
 int co_fn check_write(struct check *x, uint64_t offset, struct iobuf *b, size_t at, size_t len);
-/* At most 4 KiB, within one sector if it must not be torn. */
+/* At most CHECK_PIECE. */
 int co_fn check_write_flat(struct check *x, uint64_t offset, const void *bytes, size_t len);
 int co_fn check_flush(struct check *x);
 /* -ENOSPC where the file cannot become larger. */

@@ -66,8 +66,13 @@ static int take_l1_entry(struct check *x, uint64_t index, uint64_t entry, bool a
         x->bad_entries++;
         check_found(x, "ERROR found L1 entry with reserved bits set: %" PRIx64, entry);
     }
-    if (offset == 0)
+    if (offset == 0) {
+        if (entry & QCOW2_COPIED) {
+            x->bad_entries++;
+            check_found(x, "ERROR L1 entry says copied, but has no table: %" PRIx64, entry);
+        }
         return 0;
+    }
     if (!check_is_aligned(x, offset)) {
         x->bad_entries++;
         check_found(x,
@@ -138,6 +143,17 @@ static int refer_l2(struct check *x, struct check_l2 *t)
     return r;
 }
 
+static void check_uses(struct check *x, const struct check_l2 *t)
+{
+    if (t->uses <= check_refcount_max(x))
+        return;
+    x->bad_entries++;
+    check_found(x,
+                "ERROR L2 table at offset 0x%" PRIx64 " is used %" PRIu64
+                " times, more often than refcounts can say",
+                t->offset, t->uses);
+}
+
 static int refer_again(struct check *x, const struct check_l2 *t, uint64_t times)
 {
     return qcow2_count_add(&x->counts, QCOW2_USED, t->offset >> x->h.cluster_bits, times);
@@ -172,6 +188,7 @@ int check_refer_l2_tables(struct check *x)
         t.uses += known.uses;
         t.bad |= known.bad;
         t.known = true;
+        check_uses(x, &t);
         x->l2[n++] = t;
     }
     x->l2_count = n;
@@ -214,11 +231,11 @@ static int refer_to_data(struct l2_look *l, uint64_t offset, uint64_t len)
     if (ref == CHECK_NOT_THERE)
         x->bad_entries++;
     else if (ref == CHECK_CLASH)
-        x->data_clashes++;
+        x->data_clashes += len == x->cluster ? 1 : 2;
     return r;
 }
 
-static int look_at_compressed(struct l2_look *l, uint64_t entry)
+static int look_at_compressed(struct l2_look *l, uint64_t entry, uint64_t bitmap)
 {
     struct check *x = l->x;
     uint64_t offset, len;
@@ -230,6 +247,13 @@ static int look_at_compressed(struct l2_look *l, uint64_t entry)
                     "ERROR: coffset=0x%" PRIx64
                     ": copied flag must never be set for compressed clusters",
                     offset);
+    }
+    if (bitmap) {
+        x->bad_entries++;
+        check_found(x,
+                    "ERROR compressed cluster with non-zero subcluster allocation bitmap, "
+                    "entry=0x%" PRIx64,
+                    entry);
     }
     if (check_has_data_file(x)) {
         x->bad_entries++;
@@ -329,7 +353,7 @@ static int look_at_entry(struct l2_look *l, uint64_t entry, uint64_t bitmap)
     bool zero = (entry & QCOW2_L2_ZERO) && !check_has_extended_l2(x);
 
     if (entry & QCOW2_L2_COMPRESSED)
-        return look_at_compressed(l, entry);
+        return look_at_compressed(l, entry, bitmap);
     if (entry & QCOW2_L2_RESERVED_MASK) {
         x->bad_entries++;
         check_found(x, "ERROR found l2 entry with reserved bits set: %" PRIx64, entry);

@@ -17,8 +17,6 @@
 #include <string.h>
 
 #define LOADERS 16
-/* Rounds of a repair: each kind of damage needs one or two, and what one of them uncovers some more. */
-#define ROUNDS_MAX 24
 
 /* ---- findings ---- */
 
@@ -136,7 +134,6 @@ int check_refer_data(struct check *x, uint64_t offset, uint64_t len, uint64_t ti
 static void parse(struct check *x, const uint8_t *bytes, size_t len, int *r, struct error **err)
 {
     error_free(err);
-    *err = NULL;
     *r = qcow2_header_parse(&x->h, bytes, len, x->file_size, x->name, err);
 }
 
@@ -203,8 +200,6 @@ static int parse_in_parts(struct check *x, const uint8_t *bytes, size_t len, str
     error_free(&why);
     if (r == 0)
         error_free(err);
-    if (r == 0)
-        *err = NULL;
     return r;
 }
 
@@ -238,7 +233,8 @@ static int co_fn read_header(struct check *x, struct error **err)
 /* Counts beyond the end of the file are nobody's. */
 static int store_counts(struct check *x, uint64_t first, const uint8_t *block)
 {
-    uint64_t n = MIN(check_block_entries(x), x->clusters + 1 - MIN(x->clusters + 1, first));
+    uint64_t end = MIN(first + check_block_entries(x), x->clusters + 1);
+    uint64_t n = end > first ? end - first : 0;
     int r = 0;
 
     for (uint64_t i = 0; i < n && r == 0; i++) {
@@ -368,20 +364,29 @@ static int refer_refcounts(struct check *x)
     return r;
 }
 
-/* After all references are counted: a block that is used for something else, too. */
-static void check_blocks_alone(struct check *x)
+/* After all references are counted: blocks that are used for something else, or that came before. */
+static int check_blocks_alone(struct check *x)
 {
+    int r = 0;
+
     for (uint64_t i = 0; i < x->table_size; i++) {
+        if (x->table[i])
+            qcow2_count_sub(&x->counts, QCOW2_USED, x->table[i] >> x->h.cluster_bits, 1);
+    }
+    for (uint64_t i = 0; i < x->table_size && r == 0; i++) {
+        uint64_t cluster = x->table[i] >> x->h.cluster_bits;
         uint64_t uses;
 
         if (x->table[i] == 0)
             continue;
-        uses = qcow2_count(&x->counts, QCOW2_USED, x->table[i] >> x->h.cluster_bits);
+        r = qcow2_count_add(&x->counts, QCOW2_USED, cluster, 1);
+        uses = qcow2_count(&x->counts, QCOW2_USED, cluster);
         if (uses == 1)
             continue;
         x->bad_refcounts = true;
         check_found(x, "ERROR refcount block %" PRIu64 " refcount=%" PRIu64, i, uses);
     }
+    return r;
 }
 
 /* ---- comparing ---- */
@@ -494,10 +499,10 @@ int check_round(struct check *x, struct error **err)
     r = load_refcounts(x);
     if (r == 0)
         r = count_references(x);
-    if (r == 0) {
-        check_blocks_alone(x);
+    if (r == 0)
+        r = check_blocks_alone(x);
+    if (r == 0)
         r = compare(x);
-    }
     if (r == -EINTR)
         return error_set(err, EINTR, "interrupted");
     if (r == -ENOMEM)
@@ -508,50 +513,98 @@ int check_round(struct check *x, struct error **err)
 
 /* ---- repairing ---- */
 
-/* Mends the first thing that there is to mend; 1 if something was, so that one has to look again. */
-static int co_fn repair_step(struct check *x, struct error **err)
-{
-    uint64_t copies = check_copies_need(x);
-    int r;
+/* One kind of damage after the other; the later ones rely on what the earlier ones have mended. */
+enum repair_step {
+    STEP_BITMAPS,
+    STEP_ENTRIES,
+    STEP_RAISE,
+    STEP_COPIES,
+    STEP_LEAKS,
+    STEP_COPIED,
+    STEPS,
+};
 
-    if (x->bad_bitmaps)
-        r = check_drop_bitmaps(x, err);
-    else if (x->bad_entries)
-        r = check_mend_entries(x, err);
-    else if (x->bad_refcounts || x->low || copies > x->spare_count)
-        r = check_raise_refcounts(x, copies, err);
-    else if (copies)
-        r = check_make_copies(x, err);
-    else if (x->bad_copied)
-        r = check_mend_copied(x, err);
-    else
-        return 0;
-    return r < 0 ? r : 1;
+/* How often one may come: what is not mended then will not be. */
+#define STEP_TIMES 4
+
+static bool step_needed(const struct check *x, enum repair_step step, uint64_t copies)
+{
+    bool all = x->options->repair == QCOW2_REPAIR_ALL;
+
+    switch (step) {
+    case STEP_BITMAPS:
+        return all && x->bad_bitmaps;
+    case STEP_ENTRIES:
+        return all && x->bad_entries;
+    case STEP_RAISE:
+        return all && (x->bad_refcounts || x->low || copies > x->spare_count);
+    case STEP_COPIES:
+        return all && (copies || x->bad_snapshots);
+    case STEP_LEAKS: /* what damaged tables point to is not known to be free */
+        return x->r.leaks && !x->bad_entries && !x->bad_snapshots;
+    case STEP_COPIED:
+        return all && x->bad_copied;
+    case STEPS:
+        break;
+    }
+    return false;
 }
 
+static int co_fn repair_one(struct check *x, enum repair_step step, uint64_t copies,
+                            struct error **err)
+{
+    switch (step) {
+    case STEP_BITMAPS:
+        return check_drop_bitmaps(x, err);
+    case STEP_ENTRIES:
+        return check_mend_entries(x, err);
+    case STEP_RAISE:
+        return check_raise_refcounts(x, copies, err);
+    case STEP_COPIES:
+        return check_make_copies(x, err);
+    case STEP_LEAKS:
+        return check_lower_refcounts(x, err);
+    case STEP_COPIED:
+        return check_mend_copied(x, err);
+    case STEPS:
+        break;
+    }
+    return 0;
+}
+
+/* What is to be done next; STEPS if nothing is. */
+static enum repair_step next_step(const struct check *x, unsigned *times, uint64_t copies)
+{
+    for (enum repair_step step = 0; step < STEPS; step++) {
+        if (times[step] < STEP_TIMES && step_needed(x, step, copies)) {
+            times[step]++;
+            return step;
+        }
+    }
+    return STEPS;
+}
+
+/* Mends one kind, looks again, and so on. Only the actions and what is left in the end are told. */
 static int co_fn repair(struct check *x, struct error **err)
 {
     struct qcow2_check_result first = x->r;
-    bool all = x->options->repair == QCOW2_REPAIR_ALL;
-    int r = all ? repair_step(x, err) : 0;
+    unsigned times[STEPS] = {0};
+    int r = 0;
 
-    x->quiet = true;
-    for (unsigned round = 0; r > 0 && round < ROUNDS_MAX; round++) {
-        r = check_round(x, err);
+    while (r == 0) {
+        uint64_t copies = check_copies_need(x);
+        enum repair_step step = next_step(x, times, copies);
+
+        if (step == STEPS)
+            break;
+        x->quiet = false;
+        r = repair_one(x, step, copies, err);
         x->quiet = true;
         if (r == 0)
-            r = repair_step(x, err);
-    }
-    x->spare_count = 0;
-    if (r >= 0 && x->r.leaks) {
-        r = check_lower_refcounts(x, err);
-        if (r == 0)
             r = check_round(x, err);
-        if (r == 0 && all && x->bad_copied) /* lowering made them true, or wrong */
-            r = check_mend_copied(x, err);
     }
     x->quiet = false;
-    if (r >= 0)
+    if (r == 0)
         r = check_round(x, err);
     if (r < 0)
         return r;
