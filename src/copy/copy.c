@@ -81,14 +81,41 @@ static uint64_t co_fn look_ahead(struct copy *c, uint64_t offset, bool *ret_zero
     return c->hint_offset + c->hint_len - offset;
 }
 
+/*
+ * A claimed run becomes what one extent of the source holds of it: what is beyond goes back, and of zeroes as much more is
+ * claimed as there is in a row.
+ */
+static void co_fn fit_to_extent(struct copy *c, struct copy_piece *piece)
+{
+    uint64_t granule = bitmap_granularity(c->work);
+    uint64_t end = piece->offset + piece->len;
+    uint64_t reach = look_ahead(c, piece->offset, &piece->zero);
+    uint64_t more;
+    uint64_t len;
+
+    reach = align_up(reach,
+                     granule); /* a granule that is of both kinds is looked at when it is pulled */
+    if (reach < piece->len) {
+        bitmap_set(c->work, piece->offset + reach, piece->len - reach);
+        piece->len = reach;
+        return;
+    }
+    if (!piece->zero || reach == piece->len ||
+        bitmap_claim(c->work, end, piece->offset + reach - end, &more, &len) <= 0)
+        return;
+    if (more == end)
+        piece->len += len;
+    else
+        bitmap_set(c->work, more, len);
+    c->next = MAX(c->next, piece->offset + piece->len);
+}
+
 /* C1. The next run, from where the last claim ended, or of what is urgent. 1: claimed. 0: there is none. */
 static int co_fn claim(struct copy *c, struct copy_piece *piece)
 {
     uint64_t granule = bitmap_granularity(c->work);
     uint64_t offset;
     uint64_t len;
-    uint64_t reach;
-    bool zero;
     int r;
 
     piece->zero = false;
@@ -102,20 +129,15 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
         if (r == 1) /* it was copied meanwhile, and this is something else */
             bitmap_set(c->work, piece->offset, piece->len);
     }
-    if (!bitmap_next_dirty(c->work, c->next, c->size, &offset, &len) &&
-        !bitmap_next_dirty(c->work, 0, c->size, &offset, &len))
-        return 0;
-    reach = look_ahead(c, offset, &zero); /* yields: others may have claimed it meanwhile */
-    r = bitmap_claim(c->work, offset, zero ? reach : MIN(reach, c->chunk), &piece->offset,
-                     &piece->len);
-    piece->zero = zero;
+    r = bitmap_claim(c->work, c->next, c->chunk, &piece->offset, &piece->len);
     if (r == 0)
         r = bitmap_claim(c->work, 0, c->chunk, &piece->offset, &piece->len);
     if (r <= 0)
         return r;
-    piece->len =
-        MIN(piece->len, c->size - piece->offset); /* the last granule may reach beyond the end */
     c->next = piece->offset + piece->len;
+    fit_to_extent(c, piece);
+    /* The last granule may reach beyond the end. */
+    piece->len = MIN(piece->len, c->size - piece->offset);
     return 1;
 }
 

@@ -281,6 +281,20 @@ def test_full_backup_of_a_sparse_disk_leaves_holes(host):
     assert os.stat(host.path("u")).st_blocks * 512 <= 2 * CLUSTER
 
 
+def test_full_backup_of_a_scattered_disk_leaves_holes(host):
+    """Many workers, and many changes between data and holes."""
+    host.disk("s", size=4 * SIZE)
+    host.node("u", size=4 * SIZE)
+    with open(host.path("s"), "r+b") as f:
+        for cluster in range(0, 4 * SIZE // CLUSTER, 9):
+            f.seek(cluster * CLUSTER)
+            f.write(b"x" * CLUSTER)
+    host.start(device="s", target="u")
+    host.succeeded()
+    assert host.content("u") == host.content("s")
+    assert os.stat(host.path("u")).st_blocks <= os.stat(host.path("s")).st_blocks + CLUSTER // 512
+
+
 @pytest.mark.parametrize("options", [
     {},
     {"speed": 12 * MIB},
