@@ -105,17 +105,17 @@ uint64_t epoch_ticket(struct epoch *e)
     return ticket;
 }
 
-bool epoch_has_passed(struct epoch *e, uint64_t ticket)
+uint64_t epoch_passed(struct epoch *e)
 {
-    bool passed;
+    uint64_t passed;
 
     tiny_lock_acquire(&e->lock);
-    passed = e->passed >= ticket;
+    passed = e->passed;
     tiny_lock_release(&e->lock);
     return passed;
 }
 
-/* Until the condition that `ticket` has passed holds. */
+/* Until the grace of `ticket` has passed. */
 static int co_fn wait_for(struct epoch *e, uint64_t ticket)
 {
     int r = 0;

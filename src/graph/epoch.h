@@ -85,7 +85,8 @@ static inline void epoch_leave(struct epoch_slot *slot, unsigned phase)
  * Draws a ticket for what was replaced before, and sees to it that a round is under way. Any loop; does not wait.
  */
 uint64_t epoch_ticket(struct epoch *e);
-bool epoch_has_passed(struct epoch *e, uint64_t ticket);
+/* The graces of tickets up to this one have passed. */
+uint64_t epoch_passed(struct epoch *e);
 /* Waits for a grace from now on. Not inside (EPOCH-3). 0 or -ECANCELED. */
 int co_fn epoch_co_pass(struct epoch *e);
 

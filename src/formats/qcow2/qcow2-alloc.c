@@ -140,11 +140,12 @@ void qcow2_free_locked(struct qcow2 *q, struct qcow2_run *run)
 
 static struct qcow2_run *next_graced(struct qcow2 *q)
 {
+    uint64_t passed = epoch_passed(node_epoch(q->node));
     struct qcow2_run *run;
 
     tiny_lock_acquire(&q->lock);
     run = list_first(&q->alloc.graced, struct qcow2_run, link);
-    if (run && !epoch_has_passed(node_epoch(q->node), run->ticket))
+    if (run && run->ticket > passed)
         run = NULL;
     if (run)
         list_remove(&run->link);

@@ -134,7 +134,8 @@ static void touch(const struct qcow2 *q, uint64_t slice_index)
 }
 
 /* Those in limbo whose readers have left, and slices out of use until a share of the cache is free again. */
-static unsigned evict_locked(struct qcow2 *q, struct list *ret_out, struct list *ret_free)
+static unsigned evict_locked(struct qcow2 *q, uint64_t passed, struct list *ret_out,
+                             struct list *ret_free)
 {
     struct qcow2_map *map = &q->map;
     uint64_t goal = map->cache_max - map->cache_max / 16;
@@ -143,7 +144,7 @@ static unsigned evict_locked(struct qcow2 *q, struct list *ret_out, struct list 
     unsigned out = 0;
 
     list_for_each_safe (&map->limbo, s, tmp, link) {
-        if (!epoch_has_passed(node_epoch(q->node), s->ticket))
+        if (s->ticket > passed)
             break; /* in order of their tickets */
         list_remove(&s->link);
         list_append(ret_free, &s->link);
@@ -173,13 +174,14 @@ static void evict(struct qcow2 *q)
 {
     struct list out;
     struct list gone;
+    uint64_t passed = epoch_passed(node_epoch(q->node));
     uint64_t ticket;
     unsigned n;
 
     list_init(&out);
     list_init(&gone);
     tiny_lock_acquire(&q->lock);
-    n = evict_locked(q, &out, &gone);
+    n = evict_locked(q, passed, &out, &gone);
     tiny_lock_release(&q->lock);
     free_slices(&gone);
     if (!n)
