@@ -34,10 +34,16 @@ extern const struct cli_command backups_command;
 extern const struct cli_command check_command;
 extern const struct cli_command jobs_command;
 extern const struct cli_command qmp_command;
+extern const struct cli_command bench_command;
+extern const struct cli_command compare_command;
 extern const struct cli_command convert_command;
 extern const struct cli_command create_command;
+extern const struct cli_command dd_command;
 extern const struct cli_command info_command;
 extern const struct cli_command map_command;
+extern const struct cli_command measure_command;
+extern const struct cli_command rebase_command;
+extern const struct cli_command resize_command;
 extern const struct cli_command restore_command;
 extern const struct cli_command serve_command;
 

@@ -11,8 +11,8 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-    &serve_command, &backup_command, &backups_command, &restore_command,
-    &jobs_command,  &qmp_command,    &check_command,
+    &serve_command,   &backup_command, &backups_command,
+    &restore_command, &jobs_command,   &qmp_command,
 };
 
 static void print_help(void)

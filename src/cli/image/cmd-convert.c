@@ -165,7 +165,8 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
     if (top->header.version && strcmp(top->format, "raw") == 0)
         copy.unit = 512;
     for (size_t i = 0; i < c->count; i++) {
-        from[i] = (struct image_copy_source){c->sources[i].backend, at, image_size(&c->sources[i])};
+        from[i] = (struct image_copy_source){
+            .backend = c->sources[i].backend, .begin = at, .size = image_size(&c->sources[i])};
         at += from[i].size;
     }
     tool_progress_begin(&progress, c->progress, c->total);

@@ -5,8 +5,8 @@
  */
 #include "base/alloc.h"
 #include "base/checked.h"
-#include "base/json-text.h"
 #include "base/macros.h"
+#include "cli/image/extent-walk.h"
 #include "cli/image/tool.h"
 
 #include <errno.h>
@@ -15,22 +15,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BATCH 256
-
 struct map {
     struct image_spec spec;
     bool json;
     uint64_t start;
     uint64_t max_len;
     bool has_max;
-};
-
-/* What a layer or a file has said last. */
-struct answers {
-    struct backend *backend;
-    struct extent v[BATCH];
-    struct extents list;
-    unsigned next; /* in `list` */
 };
 
 struct entry {
@@ -48,43 +38,11 @@ struct entry {
 struct mapping_walk {
     const struct map *map;
     struct image image;
-    struct answers *formats; /* one for each layer */
-    struct answers *files;
+    struct extent_walk *formats; /* one for each layer */
+    struct extent_walk *files;
     struct entry current; /* not printed yet, as what follows may continue it */
     bool printed;
 };
-
-/* The extent that `offset` is in, cut to what begins there and to `len`. */
-static int co_fn answer(struct answers *a, uint64_t offset, uint64_t len, struct extent *ret)
-{
-    const struct extent *e = a->list.count ? &a->v[a->next] : NULL;
-
-    if (e && (offset < e->offset || offset > extents_end(&a->list, 0)))
-        e = NULL;
-    while (e && offset >= e->offset + e->len && ++a->next < a->list.count)
-        e = &a->v[a->next];
-    if (!e || a->next == a->list.count) {
-        struct request req = {
-            .kind = REQUEST_EXTENTS,
-            .offset = offset,
-            .len = backend_size(a->backend) - offset,
-            .extents = &a->list,
-        };
-        int r;
-
-        a->list = (struct extents){.v = a->v, .max = BATCH};
-        a->next = 0;
-        r = backend_co_request(a->backend, &req);
-        if (r < 0)
-            return r;
-        e = &a->v[0];
-    }
-    *ret = *e;
-    ret->host_offset += offset - e->offset;
-    ret->len = MIN(e->offset + e->len - offset, len);
-    ret->offset = offset;
-    return 0;
-}
 
 static void print_text(const struct entry *e)
 {
@@ -144,7 +102,7 @@ static int add(struct mapping_walk *w, const struct entry *e, struct error **err
 /* Data may lie where the file itself has a hole: it then reads as zeroes, too. */
 static int co_fn refine(struct mapping_walk *w, size_t depth, struct entry *e)
 {
-    struct answers *file = &w->files[depth];
+    struct extent_walk *file = &w->files[depth];
     uint64_t size = backend_size(file->backend);
     struct extent x;
     int r;
@@ -155,7 +113,7 @@ static int co_fn refine(struct mapping_walk *w, size_t depth, struct entry *e)
         e->zero = true;
         return 0;
     }
-    r = answer(file, e->offset, MIN(e->len, size - e->offset), &x);
+    r = extent_walk_at(file, e->offset, MIN(e->len, size - e->offset), &x);
     if (r == 0) {
         e->len = x.len;
         e->zero = x.flags & EXTENT_ZERO;
@@ -170,7 +128,7 @@ static int co_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len, str
 
     *e = (struct entry){.start = offset, .len = len, .depth = last, .zero = true};
     for (size_t i = 0; i <= last; i++) {
-        struct answers *a = &w->formats[i];
+        struct extent_walk *a = &w->formats[i];
         uint64_t size = backend_size(a->backend);
         struct extent x;
         int r;
@@ -186,7 +144,7 @@ static int co_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len, str
             }
             return 0;
         }
-        r = answer(a, offset, MIN(e->len, size - offset), &x);
+        r = extent_walk_at(a, offset, MIN(e->len, size - offset), &x);
         if (r < 0)
             return r;
         e->len = x.len;
@@ -234,8 +192,8 @@ static int co_fn control_fn open_layers(struct mapping_walk *w, struct error **e
     struct image *image = &w->image;
     int r = 0;
 
-    w->formats = xnew_n(struct answers, image->count);
-    w->files = xnew_n(struct answers, image->count);
+    w->formats = xnew_n(struct extent_walk, image->count);
+    w->files = xnew_n(struct extent_walk, image->count);
     for (size_t i = 0; r == 0 && i < image->count; i++) {
         struct image_layer *l = &image->layers[i];
 

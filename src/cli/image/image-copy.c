@@ -44,20 +44,6 @@ static int fail(struct image_copy *c, int r, const char *what, uint64_t at)
 
 /* ---- what is to be done next ---- */
 
-static int co_fn ask_extents(struct image_copy *c, const struct image_copy_source *s)
-{
-    struct request req = {
-        .kind = REQUEST_EXTENTS,
-        .offset = c->at - s->begin,
-        .len = backend_size(s->backend) - (c->at - s->begin),
-        .extents = &c->list,
-    };
-
-    c->list = (struct extents){.v = c->v, .max = ARRAY_SIZE(c->v)};
-    c->next = 0;
-    return backend_co_request(s->backend, &req);
-}
-
 static enum piece_kind kind_of(const struct image_copy *c, const struct extent *e)
 {
     if (c->only_own && !(e->flags & EXTENT_ALLOCATED))
@@ -70,27 +56,18 @@ static int co_fn take_from(struct image_copy *c, const struct image_copy_source 
                            struct piece *piece)
 {
     uint64_t offset = c->at - s->begin;
-    const struct extent *e;
-    int r = 0;
+    struct extent e;
+    int r;
 
     *piece = (struct piece){.kind = PIECE_ZERO, .source = s, .at = c->at, .len = s->size - offset};
-    if (offset >= backend_size(s->backend))
+    if (s->from + offset >= backend_size(s->backend))
         return 0;
-    while (c->next < c->list.count && offset >= c->v[c->next].offset + c->v[c->next].len)
-        c->next++;
-    if (c->next >= c->list.count)
-        r = ask_extents(c, s);
+    c->walk.backend = s->backend;
+    r = extent_walk_at(&c->walk, s->from + offset, s->size - offset, &e);
     if (r < 0 && !c->salvage)
         return fail(c, r, "reading block status", c->at);
-    if (r < 0) {
-        c->list.count = 0;
-        piece->kind = PIECE_DATA;
-        piece->len = MIN(CHUNK, piece->len);
-        return 0;
-    }
-    e = &c->v[c->next];
-    piece->kind = kind_of(c, e);
-    piece->len = MIN(e->offset + e->len - offset, piece->len);
+    piece->kind = r < 0 ? PIECE_DATA : kind_of(c, &e);
+    piece->len = r < 0 ? MIN(CHUNK, piece->len) : e.len;
     return 0;
 }
 
@@ -107,7 +84,7 @@ static int co_fn claim_locked(struct image_copy *c, struct piece *piece)
             return 0;
         }
         s++;
-        c->list.count = 0;
+        c->walk.list.count = 0;
     }
     r = take_from(c, s, piece);
     if (r < 0)
@@ -137,8 +114,8 @@ static int co_fn read_sectors(const struct piece *p, struct iobuf *buf)
 {
     for (uint64_t done = 0; done < p->len; done += SECTOR) {
         size_t len = (size_t)MIN(p->len - done, (uint64_t)SECTOR);
-        int r = image_co_read(p->source->backend, p->at - p->source->begin + done, buf->data + done,
-                              len, buf);
+        int r = image_co_read(p->source->backend, p->source->from + p->at - p->source->begin + done,
+                              buf->data + done, len, buf);
 
         if (r == -ECANCELED)
             return r;
@@ -153,8 +130,8 @@ static int co_fn read_sectors(const struct piece *p, struct iobuf *buf)
 
 static int co_fn read_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
 {
-    int r =
-        image_co_read(p->source->backend, p->at - p->source->begin, buf->data, (size_t)p->len, buf);
+    int r = image_co_read(p->source->backend, p->source->from + p->at - p->source->begin, buf->data,
+                          (size_t)p->len, buf);
 
     if (r < 0 && r != -ECANCELED && c->salvage)
         r = read_sectors(p, buf);

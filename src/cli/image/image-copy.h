@@ -9,6 +9,7 @@
 
 #include "base/context.h"
 #include "base/error.h"
+#include "cli/image/extent-walk.h"
 #include "cli/image/image.h"
 #include "cli/image/tool.h"
 #include "loop/lock.h"
@@ -21,6 +22,7 @@
 
 struct image_copy_source {
     struct backend *backend;
+    uint64_t from;  /* where in it the copy begins */
     uint64_t begin; /* of the target, where it goes */
     uint64_t size;
 };
@@ -47,9 +49,7 @@ struct image_copy {
     /* Only touched on the loop that it runs on. */
     size_t source; /* where the next piece comes from */
     uint64_t at;   /* in the target */
-    struct extent v[256];
-    struct extents list;
-    unsigned next;
+    struct extent_walk walk;
     uint64_t begun; /* pieces */
     uint64_t ended;
     uint64_t data_done; /* for the rate */

@@ -12,11 +12,13 @@
 #define PEER_VERSION "7.2.0"
 
 const struct cli_command *const image_commands[] = {
-    &convert_command, &create_command, &info_command, &map_command, NULL,
+    &create_command,  &info_command,    &map_command,     &check_command,
+    &convert_command, &compare_command, &measure_command, &resize_command,
+    &dd_command,      &rebase_command,  &bench_command,   NULL,
 };
 
 /* What the peer has and we do not, yet. */
-static const char *const missing[] = {"amend", "bitmap", "check", "commit", "snapshot"};
+static const char *const missing[] = {"amend", "bitmap", "commit", "snapshot"};
 
 bool personality_is_qemu_img(const char *argv0)
 {
