@@ -20,7 +20,8 @@
 
 /* ---- findings ---- */
 
-static void tell(struct check *x, const char *fmt, va_list args)
+static void __attribute__((format(printf, 2, 0)))
+tell(struct check *x, const char *fmt, va_list args)
 {
     char *line;
 
@@ -516,6 +517,7 @@ int check_round(struct check *x, struct error **err)
 /* One kind of damage after the other; the later ones rely on what the earlier ones have mended. */
 enum repair_step {
     STEP_BITMAPS,
+    STEP_REBUILD, /* before anything is written to what may be a refcount block, too */
     STEP_ENTRIES,
     STEP_RAISE,
     STEP_COPIES,
@@ -536,8 +538,10 @@ static bool step_needed(const struct check *x, enum repair_step step, uint64_t c
         return all && x->bad_bitmaps;
     case STEP_ENTRIES:
         return all && x->bad_entries;
+    case STEP_REBUILD:
+        return all && x->bad_refcounts;
     case STEP_RAISE:
-        return all && (x->bad_refcounts || x->low || copies > x->spare_count);
+        return all && (x->low || copies > x->spare_count);
     case STEP_COPIES:
         return all && (copies || x->bad_snapshots);
     case STEP_LEAKS: /* what damaged tables point to is not known to be free */
@@ -558,6 +562,8 @@ static int co_fn repair_one(struct check *x, enum repair_step step, uint64_t cop
         return check_drop_bitmaps(x, err);
     case STEP_ENTRIES:
         return check_mend_entries(x, err);
+    case STEP_REBUILD:
+        return check_raise_refcounts(x, 0, err);
     case STEP_RAISE:
         return check_raise_refcounts(x, copies, err);
     case STEP_COPIES:
@@ -602,6 +608,8 @@ static int co_fn repair(struct check *x, struct error **err)
         x->quiet = true;
         if (r == 0)
             r = check_round(x, err);
+        if (r == 0 && x->r.check_errors) /* what cannot be read cannot be known to be free */
+            r = error_set(err, EIO, "cannot read all of the image's tables any more");
     }
     x->quiet = false;
     if (r == 0)
@@ -621,7 +629,7 @@ static int co_fn run(struct check *x, struct error **err)
     if (r < 0 || x->options->repair == QCOW2_REPAIR_NOTHING)
         return r;
     if (x->r.check_errors)
-        return 0; /* what cannot be read cannot be known to be free */
+        return 0; /* as below: nothing is known to be free */
     if (x->r.leaks || (x->r.corruptions && x->options->repair == QCOW2_REPAIR_ALL))
         r = repair(x, err);
     sound = r == 0 && !x->r.corruptions && !x->r.check_errors;

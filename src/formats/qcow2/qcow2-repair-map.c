@@ -300,7 +300,9 @@ static int co_fn copy_l2_data(struct edit *e, const struct check_l2 *table, uint
     bool compressed = entry & QCOW2_L2_COMPRESSED;
     uint64_t need = compressed ? 2 : 1;
     struct move move = {.entry_at = e->at};
+    enum check_reference ref;
     uint64_t len;
+    int r;
 
     data_place(x, entry, &move.from, &len);
     if (move.from == 0 || m->count == m->max || x->spare_count - m->next_spare < need ||
@@ -312,7 +314,8 @@ static int co_fn copy_l2_data(struct edit *e, const struct check_l2 *table, uint
     m->next_spare += need;
     m->v[m->count++] = move;
     forget_use(x, move.from, len, table->uses);
-    return copy_data(x, move.from, move.to, len);
+    r = check_refer_data(x, move.to, len, table->uses, &ref);
+    return r < 0 ? r : copy_data(x, move.from, move.to, len);
 }
 
 static int point_l2_entry(struct edit *e, const struct check_l2 *table, uint8_t *p)
@@ -344,6 +347,8 @@ static int co_fn move_data(struct check *x, uint64_t first_spare)
     r = m.v ? edit_all(&copy) : -ENOMEM;
     if (r == 0)
         r = check_flush(x);
+    if (r == 0)
+        r = check_raise_again(x);
     if (r == 0)
         r = edit_all(&point);
     free(m.v);

@@ -163,6 +163,17 @@ static int co_fn change_counts(struct check *x, enum counts_change how)
     return r;
 }
 
+int check_raise_again(struct check *x)
+{
+    uint64_t spare = x->spare_count;
+    int r;
+
+    x->spare_count = 0; /* they are counted, and some of them more than once */
+    r = change_counts(x, COUNTS_RAISE);
+    x->spare_count = spare;
+    return r;
+}
+
 int check_lower_refcounts(struct check *x, struct error **err)
 {
     return cannot(err, change_counts(x, COUNTS_LOWER), "repair leaks");

@@ -1,0 +1,460 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Repairs of damaged qcow2 images, on a disk that loses power and fails: after a cut at any operation the image is no worse than
+ * before, what the damage has not touched reads as ever, and the next repair ends what this one began. The judge of images shares
+ * no code with the repair.
+ */
+#include "formats/list.h"
+#include "formats/qcow2/qcow2-check.h"
+#include "protocols/list.h"
+#include "qcow2-fixture.h"
+#include "seeds.h"
+
+#include <sys/wait.h>
+
+#define IMAGE   "/disk/image"
+#define CUTS    24
+#define HARMS   4
+#define GUEST   64 /* clusters */
+#define FAULTED 40
+
+/* A driver that repairs its file when it opens, as the format does (Q5). */
+static int repairing_co_open(struct node *node, const void *options, struct error **err)
+{
+    struct pass pass = {0};
+    struct request by = {.pass = &pass};
+
+    (void)options;
+    node_set_size(node, 0);
+    return qcow2_co_repair_refcounts(node_file(node), &by, node_name(node), err);
+}
+
+static void repairing_co_close(struct node *node)
+{
+    (void)node;
+}
+
+static const struct driver repairing_driver = {
+    .name = "raw",
+    .kind = DRIVER_FORMAT,
+    .options = &raw_options_type,
+    .state_size = 8,
+    .keeps_metadata = true,
+    .co_open = repairing_co_open,
+    .co_close = repairing_co_close,
+};
+
+static const struct driver *const test_drivers[] = {&repairing_driver, NULL};
+static const struct driver *const *const drivers[] = {test_drivers, protocol_drivers,
+                                                      format_drivers, NULL};
+
+struct damaged {
+    uint64_t seed;
+    struct qcow2_shape shape;
+    struct sim_disk *disk;
+    uint8_t *bytes;
+    size_t len;
+    bool touched[GUEST]; /* guest clusters whose mapping is harmed */
+    struct qcow2_verdict before;
+
+    enum qcow2_repair how;
+    bool by_open;
+    uint64_t memory_max;
+    struct qcow2_check_result found;
+    int result;
+    char error[256];
+};
+
+/* ---- images and harm ---- */
+
+static uint64_t cluster_of(const struct damaged *d)
+{
+    return (uint64_t)1 << d->shape.cluster_bits;
+}
+
+static void touch_table(struct damaged *d, uint64_t table)
+{
+    uint64_t entries = cluster_of(d) / 8;
+
+    for (uint64_t g = table * entries; g < (table + 1) * entries && g < GUEST; g++)
+        d->touched[g] = true;
+}
+
+/* One entry, or refcount, becomes something else. */
+static void harm(struct damaged *d, struct prng *prng)
+{
+    uint64_t cluster = cluster_of(d);
+    uint64_t clusters = d->len / cluster;
+    uint64_t l1 = load_be64(d->bytes + 40);
+    uint64_t table = load_be64(d->bytes + 48);
+    uint64_t index = prng_below(prng, 6);
+    uint64_t l2_table = prng_below(prng, div_up(GUEST, cluster / 8));
+    uint64_t l2 = load_be64(d->bytes + l1 + 8 * l2_table) & 0xfffffffffffe00;
+    uint64_t at = table + 8 * index;
+    uint64_t value;
+
+    switch (prng_below(prng, 5)) {
+    case 0: /* L1 */
+        at = l1 + 8 * l2_table;
+        touch_table(d, l2_table);
+        break;
+    case 1: /* L2 */
+    case 2:
+        if (l2 == 0 || l2 % cluster || l2 + cluster > d->len)
+            return;
+        index = prng_below(prng, MIN(cluster / 8, (uint64_t)GUEST));
+        at = l2 + 8 * index;
+        if (l2_table * (cluster / 8) + index < GUEST)
+            d->touched[l2_table * (cluster / 8) + index] = true;
+        break;
+    case 3: /* refcounts */
+        at = load_be64(d->bytes + table) & ~(uint64_t)0x1ff;
+        if (at == 0 || at + cluster > d->len)
+            return;
+        at += prng_below(prng, MIN(cluster, (uint64_t)256) - 8);
+        d->bytes[at] = (uint8_t)prng_below(prng, 4);
+        return;
+    default: /* the refcount table */
+        break;
+    }
+    value = load_be64(d->bytes + at);
+    switch (prng_below(prng, 6)) {
+    case 0:
+        value ^= (uint64_t)1 << prng_below(prng, 64);
+        break;
+    case 1:
+        value ^= (uint64_t)1 << 63;
+        break;
+    case 2:
+        value = 0;
+        break;
+    case 3:
+        value += cluster * prng_below(prng, 20);
+        break;
+    default:
+        value = prng_below(prng, clusters) * cluster | prng_below(prng, 2) << 63;
+        break;
+    }
+    store_be64(d->bytes + at, value);
+}
+
+static void fill(uint8_t *data, uint64_t len, uint64_t guest)
+{
+    for (uint64_t i = 0; i + 8 <= len; i += 8)
+        store_be64(data + i, (guest + 1) << 32 | i);
+}
+
+/* False for harm that the judge does not judge: compressed entries. */
+static bool damaged_init(struct damaged *d, uint64_t seed)
+{
+    struct prng prng = {seed};
+    struct qcow2_file f;
+    uint64_t data;
+
+    *d = (struct damaged){.seed = seed, .how = QCOW2_REPAIR_ALL, .memory_max = 1 << 24};
+    qcow2_shape_random(&d->shape, &prng, 0);
+    if (d->shape.cluster_bits > 12)
+        d->shape.cluster_bits = 12;
+    d->shape.size = GUEST << d->shape.cluster_bits;
+    d->shape.allocated = GUEST;
+    d->by_open = prng_chance(&prng, 300);
+    d->bytes = qcow2_make(&d->shape, &d->len);
+    data = d->len / cluster_of(d) - GUEST;
+    for (uint64_t g = 0; g < GUEST; g++)
+        fill(d->bytes + (data + g) * cluster_of(d), cluster_of(d), g);
+    for (uint64_t i = 1 + prng_below(&prng, HARMS); i > 0; i--)
+        harm(d, &prng);
+    if (d->shape.version == 3 && prng_chance(&prng, 500))
+        d->bytes[79] = 1; /* dirty */
+    f = qcow2_file_in_memory(d->bytes, d->len);
+    return qcow2_check(&f, &d->before) == 0;
+}
+
+static void damaged_release(struct damaged *d)
+{
+    free(d->bytes);
+    sim_disk_free(d->disk);
+}
+
+/* ---- repairing ---- */
+
+static void by_backend(struct damaged *d, struct graph *g, struct error **err)
+{
+    struct access access = {.wants = ACCESS_READ | ACCESS_WRITE | ACCESS_RESIZE,
+                            .tolerates = ACCESS_READ};
+    struct qcow2_check_options o = {.repair = d->how, .memory_max = d->memory_max};
+    struct backend *b;
+
+    d->result = add_node(g, err, "{'driver':'file','node-name':'f','filename':'" IMAGE "'}");
+    if (d->result == 0)
+        d->result = backend_co_new(&b, g, "f", access, "repair", err);
+    if (d->result < 0)
+        return;
+    check(backend_attach(b) == 0);
+    d->result = qcow2_co_check(b, &o, &d->found, err);
+    backend_co_free(b);
+}
+
+static void repair_it(void *arg)
+{
+    struct damaged *d = arg;
+    struct error *err = NULL;
+    struct graph *g = graph_new(drivers);
+
+    d->found = (struct qcow2_check_result){0};
+    if (d->by_open)
+        d->result = add_node(
+            g, &err,
+            "{'driver':'raw','node-name':'n','file':{'driver':'file','filename':'" IMAGE "'}}");
+    else
+        by_backend(d, g, &err);
+    if (d->result < 0)
+        (void)snprintf(d->error, sizeof(d->error), "%s", error_text(err));
+    error_free(&err);
+    graph_co_free(g);
+}
+
+static void put_image(struct damaged *d)
+{
+    sim_disk_free(d->disk);
+    d->disk = sim_disk_new();
+    image_put(d->disk, IMAGE, d->bytes, d->len);
+}
+
+static enum sim_end repair_until(struct damaged *d, uint64_t kill_at_op, struct sim_fault *fault)
+{
+    struct sim_options o;
+
+    sim_options_init(&o, d->seed);
+    o.disk = d->disk;
+    o.short_per_mille = 0;
+    o.may_end_early = true;
+    o.kill_at_op = kill_at_op;
+    o.faults = &fault;
+    o.fault_count = fault ? 1 : 0;
+    return sim_run(&o, repair_it, d);
+}
+
+/* ---- judging ---- */
+
+/* What no harm was done to reads as ever. */
+static void check_guest(struct damaged *d, uint8_t *bytes, size_t len)
+{
+    struct qcow2_layer layer = {qcow2_file_in_memory(bytes, len), false};
+    uint64_t cluster = cluster_of(d);
+    uint8_t *expected = xalloc(2, cluster);
+
+    for (uint64_t g = 0; g < GUEST; g++) {
+        if (d->touched[g])
+            continue;
+        fill(expected, cluster, g);
+        check(qcow2_read_guest(&layer, 1, g * cluster, expected + cluster, cluster) == 0);
+        check(memcmp(expected, expected + cluster, cluster) == 0);
+    }
+    free(expected);
+}
+
+/* What the judge calls errors, and is none: clusters that guests share, and what only version 3 has. */
+static unsigned tolerated(const struct qcow2_verdict *v)
+{
+    return v->by_kind[QCOW2_ERROR_ZERO_V2] + v->by_kind[QCOW2_ERROR_NOWHERE] +
+           v->by_kind[QCOW2_ERROR_USED_TWICE];
+}
+
+/* `sound`: it is repaired. */
+static void judge(struct damaged *d, bool sound)
+{
+    const unsigned *before = d->before.by_kind;
+    struct qcow2_verdict v;
+    struct qcow2_file f;
+    size_t len;
+    uint8_t *bytes = image_load(d->disk, IMAGE, &len);
+
+    f = qcow2_file_in_memory(bytes, len);
+    check(qcow2_check(&f, &v) == 0);
+    if (v.by_kind[QCOW2_ERROR_REFCOUNT_LOW] > before[QCOW2_ERROR_REFCOUNT_LOW] ||
+        v.by_kind[QCOW2_ERROR_USED_TWICE] > before[QCOW2_ERROR_USED_TWICE] ||
+        (sound && (v.errors != tolerated(&v) || v.leaks != v.leaks_beyond))) {
+        fprintf(stderr, "before:\n%s\nnow:\n%s", d->before.text, v.text);
+        abort();
+    }
+    check_guest(d, bytes, len);
+    free(bytes);
+}
+
+static void repair_whole(struct damaged *d)
+{
+    check(repair_until(d, 0, NULL) == SIM_RETURNED);
+    if (d->result < 0 || d->found.corruptions || d->found.leaks) {
+        fprintf(stderr, "%d: %s: %" PRIu64 " corruptions, %" PRIu64 " leaks left of\n%s", d->result,
+                d->error, d->found.corruptions, d->found.leaks, d->before.text);
+        abort();
+    }
+    judge(d, true);
+}
+
+static void cut_everywhere(struct damaged *d)
+{
+    struct prng prng = {d->seed + 9};
+    uint64_t ops;
+
+    put_image(d);
+    ops = sim_disk_ops(d->disk);
+    repair_whole(d);
+    ops = sim_disk_ops(d->disk) - ops;
+    for (unsigned i = 0; i < CUTS; i++) {
+        put_image(d);
+        if (repair_until(d, sim_disk_ops(d->disk) + 1 + prng_below(&prng, ops), NULL) ==
+                SIM_KILLED &&
+            i % 4)
+            sim_disk_power_cut(d->disk, 1 + prng_next(&prng) % 1000000);
+        judge(d, false);
+        repair_whole(d);
+    }
+}
+
+static void fail_everywhere(struct damaged *d)
+{
+    for (uint64_t k = 1; k <= FAULTED; k++) {
+        struct sim_fault fault = {.name = IMAGE, .kind = SIM_ERROR, .error = EIO, .at = k};
+
+        put_image(d);
+        check(repair_until(d, 0, &fault) == SIM_RETURNED);
+        judge(d, false);
+        repair_whole(d);
+        if (!fault.fired)
+            break;
+    }
+}
+
+static void in_child(void (*fn)(struct damaged *d), uint64_t seed)
+{
+    pid_t child;
+    int status;
+
+    fflush(NULL);
+    child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        static struct damaged d;
+
+        if (damaged_init(&d, seed))
+            fn(&d);
+        damaged_release(&d);
+        fflush(NULL);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+}
+
+static void test_qcow2_repair__power_cuts_leave_it_no_worse(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        in_child(cut_everywhere, seed);
+}
+
+static void test_qcow2_repair__failures_leave_it_no_worse(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        in_child(fail_everywhere, seed);
+}
+
+/* ---- without harm at random ---- */
+
+static void sound_image(struct damaged *d)
+{
+    struct qcow2_file f;
+
+    *d = (struct damaged){.seed = 1, .how = QCOW2_REPAIR_ALL, .memory_max = 1 << 24};
+    d->shape = (struct qcow2_shape){.version = 3,
+                                    .cluster_bits = 9,
+                                    .refcount_order = 4,
+                                    .size = GUEST << 9,
+                                    .allocated = GUEST};
+    d->bytes = qcow2_make(&d->shape, &d->len);
+    for (uint64_t g = 0; g < GUEST; g++)
+        fill(d->bytes + d->len - ((GUEST - g) << 9), 512, g);
+    f = qcow2_file_in_memory(d->bytes, d->len);
+    assert_int_equal(qcow2_check(&f, &d->before), 0);
+}
+
+static void test_qcow2_repair__check_alone_writes_nothing(void **state)
+{
+    struct damaged d;
+    uint8_t *after;
+    size_t len;
+
+    (void)state;
+    sound_image(&d);
+    d.bytes[79] = 3;                                               /* dirty, corrupt */
+    d.bytes[load_be64(d.bytes + load_be64(d.bytes + 48)) + 9] = 0; /* a refcount */
+    d.how = QCOW2_REPAIR_NOTHING;
+    put_image(&d);
+    assert_int_equal(repair_until(&d, 0, NULL), SIM_RETURNED);
+    assert_int_equal(d.result, 0);
+    assert_true(d.found.corruptions > 0);
+    after = image_load(d.disk, IMAGE, &len);
+    assert_int_equal(len, d.len);
+    assert_memory_equal(after, d.bytes, len);
+    free(after);
+    damaged_release(&d);
+}
+
+static void test_qcow2_repair__dirty_image_is_repaired_by_open(void **state)
+{
+    struct damaged d;
+    uint8_t *after;
+    size_t len;
+
+    (void)state;
+    sound_image(&d);
+    d.bytes[79] = 1;
+    memset(d.bytes + load_be64(d.bytes + load_be64(d.bytes + 48)), 0, 512); /* refcounts */
+    d.before.by_kind[QCOW2_ERROR_REFCOUNT_LOW] = 1000;
+    d.by_open = true;
+    put_image(&d);
+    assert_int_equal(repair_until(&d, 0, NULL), SIM_RETURNED);
+    assert_int_equal(d.result, 0);
+    judge(&d, true);
+    after = image_load(d.disk, IMAGE, &len);
+    assert_int_equal(after[79], 0);
+    free(after);
+    damaged_release(&d);
+}
+
+static void test_qcow2_repair__memory_is_bounded(void **state)
+{
+    struct damaged d;
+
+    (void)state;
+    sound_image(&d);
+    d.memory_max = 4096;
+    put_image(&d);
+    assert_int_equal(repair_until(&d, 0, NULL), SIM_RETURNED);
+    assert_int_equal(d.result, -ENOMEM);
+    damaged_release(&d);
+}
+
+/* An L1 table of which all entries name one L2 table: that is read once. */
+static void test_qcow2_repair__shared_tables_cost_once(void **state)
+{
+    struct damaged d;
+    uint64_t l1;
+
+    (void)state;
+    sound_image(&d);
+    l1 = load_be64(d.bytes + 40);
+    store_be64(d.bytes + l1 + 8, load_be64(d.bytes + l1));
+    store_be32(d.bytes + 36, 64); /* entries: as many as the cluster has */
+    for (unsigned i = 0; i < 64; i++)
+        store_be64(d.bytes + l1 + 8 * i, load_be64(d.bytes + l1));
+    d.how = QCOW2_REPAIR_NOTHING;
+    put_image(&d);
+    assert_int_equal(repair_until(&d, 0, NULL), SIM_RETURNED);
+    assert_int_equal(d.result, 0);
+    assert_in_range(sim_disk_ops(d.disk), 1, 40);
+    damaged_release(&d);
+}
