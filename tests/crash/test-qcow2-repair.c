@@ -272,6 +272,8 @@ static void judge(struct damaged *d, bool sound)
 
     f = qcow2_file_in_memory(bytes, len);
     check(qcow2_check(&f, &v) == 0);
+    if (d->before.by_kind[QCOW2_ERROR_DIRTY] && !v.by_kind[QCOW2_ERROR_DIRTY])
+        sound = true; /* it says so itself */
     if (v.by_kind[QCOW2_ERROR_REFCOUNT_LOW] > before[QCOW2_ERROR_REFCOUNT_LOW] ||
         v.by_kind[QCOW2_ERROR_USED_TWICE] > before[QCOW2_ERROR_USED_TWICE] ||
         (sound && (v.errors != tolerated(&v) || v.leaks != v.leaks_beyond))) {
