@@ -141,12 +141,25 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
     return 1;
 }
 
+static unsigned push_flags(const struct copy *c, const struct copy_piece *piece)
+{
+    uint64_t end = piece->offset + piece->len;
+    uint64_t granule = bitmap_granularity(c->work);
+
+    if (piece->zero)
+        return REQUEST_MAY_UNMAP;
+    if (!c->compress || !is_aligned(piece->offset, granule) ||
+        (!is_aligned(end, granule) && end != c->size))
+        return 0;
+    return REQUEST_COMPRESSED;
+}
+
 static int co_fn push(struct copy *c, const struct copy_piece *piece, struct iobuf *buf)
 {
     struct iovec iov = {buf->data, piece->len};
     struct request req = {
         .kind = piece->zero ? REQUEST_WRITE_ZEROES : REQUEST_WRITE,
-        .flags = piece->zero ? REQUEST_MAY_UNMAP : 0,
+        .flags = push_flags(c, piece),
         .offset = piece->offset,
         .len = piece->len,
         .iov = piece->zero ? NULL : &iov,

@@ -62,6 +62,7 @@ struct copy {
     uint64_t size;
     uint64_t chunk;
     unsigned workers;
+    bool compress; /* the target compresses what has whole granules */
 
     /* Atomic. */
     uint64_t speed; /* bytes/s; 0: no limit */

@@ -46,6 +46,7 @@ struct driver {
     bool
         guards_writes; /* a filter past which, while it has users, nobody else may change or resize its child */
     bool zeroes_fast;    /* write-zeroes never falls back to writing data, unless a child's does */
+    bool compresses;     /* writes honour REQUEST_COMPRESSED */
     bool keeps_metadata; /* a format that keeps metadata of its own in its file */
 
     /*

@@ -155,7 +155,12 @@ int node_co_read_aligned(struct node *node, struct request *req)
 
 int node_co_write_aligned(struct node *node, struct request *req)
 {
-    int r = node->driver->co_write ? node->driver->co_write(node, req) : pass_through(node, req);
+    int r;
+
+    if (unlikely(req->flags & REQUEST_COMPRESSED) && !node->driver->compresses &&
+        node->driver->kind != DRIVER_FILTER)
+        return -EOPNOTSUPP;
+    r = node->driver->co_write ? node->driver->co_write(node, req) : pass_through(node, req);
 
     return unlikely(req->flags & REQUEST_FUA) && r == 0 ? finish_fua(node, req) : r;
 }

@@ -33,8 +33,10 @@ enum request_flags {
     REQUEST_MAY_UNMAP = 1 << 1,   /* write-zeroes: the space may be given back */
     REQUEST_NO_FALLBACK = 1 << 2, /* write-zeroes: -EOPNOTSUPP rather than writing zeroes */
     REQUEST_UNCHANGED = 1 << 3,   /* write: the data is what reads give already */
-    REQUEST_GROW =
-        1 << 4, /* resize: never to less; others may be in flight meanwhile, but no other resize */
+    /* resize: never to less; others may be in flight meanwhile, but no other resize */
+    REQUEST_GROW = 1 << 4,
+    /* write: whole clusters, stored compressed if that saves space; -EOPNOTSUPP where nothing compresses */
+    REQUEST_COMPRESSED = 1 << 5,
 };
 
 struct edge;

@@ -46,6 +46,22 @@ struct backup {
     uint64_t total; /* atomic */
 };
 
+static int check_compresses(const struct backup_options *o, const struct node *target,
+                            struct error **err)
+{
+    const struct driver *driver = node_driver(target);
+
+    if (!driver->compresses)
+        return error_set(err, ENOTSUP, "%s: target '%s' is %s, which does not compress", o->owner,
+                         o->target, driver->name);
+    if (driver->cluster_bytes(target) > BACKUP_CLUSTER)
+        return error_set(err, ENOTSUP,
+                         "%s: target '%s' has clusters of %" PRIu64
+                         " bytes: compressed backups take 64 KiB at most",
+                         o->owner, o->target, driver->cluster_bytes(target));
+    return 0;
+}
+
 static int check_nodes(struct graph *g, const struct backup_options *o, uint64_t *ret_size,
                        struct error **err)
 {
@@ -66,7 +82,7 @@ static int check_nodes(struct graph *g, const struct backup_options *o, uint64_t
                          ": sizes must be equal",
                          o->owner, o->source, node_size(source), o->target, node_size(target));
     *ret_size = node_size(source);
-    return 0;
+    return o->compress ? check_compresses(o, target, err) : 0;
 }
 
 static int co_fn control_fn make_parts(struct backup *b, const struct backup_options *o,
@@ -172,6 +188,7 @@ int backup_co_new(struct backup **ret, struct graph *g, const struct backup_opti
         .size = size,
         .chunk = o->chunk,
         .workers = o->workers,
+        .compress = o->compress,
         .speed = o->speed,
     };
     *ret = b;

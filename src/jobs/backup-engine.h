@@ -34,6 +34,7 @@ struct backup_options {
     enum backup_sync sync;
     struct point_options point; /* the size is filled in */
     bool keeps_partial; /* what was copied counts after a failure, too: it is made durable then */
+    bool compress;
     unsigned workers;
     uint64_t chunk;
     uint64_t speed;

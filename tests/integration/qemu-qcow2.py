@@ -347,8 +347,13 @@ def with_feature_names(path, incompatible, names):
 
 
 def encrypted(path):
-    run("qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", path, "1M")
+    for _ in range(20):  # on a busy machine qemu-img may fail to measure how fast it is
+        made = subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
+                               "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", path, "1M"],
+                              stderr=subprocess.PIPE, check=False)
+        if made.returncode == 0:
+            return
+    raise AssertionError(made.stderr)
 
 
 def left_dirty(path):

@@ -51,7 +51,7 @@ class Integration(unittest.TestCase):
             with self.subTest(text):
                 case = self.run_script(text)[0]
                 self.assertEqual(case.status, suites.FAIL)
-                self.assertRegex(case.detail, r"left running: sleep \(\d+\)")
+                self.assertRegex(case.detail, r"left running: (sleep|sh|setsid) \(\d+\)")
                 pid = case.detail.split("(")[1].split(")")[0]
                 self.assertFalse(os.path.exists(f"/proc/{pid}"))
 

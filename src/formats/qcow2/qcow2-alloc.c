@@ -10,6 +10,7 @@
  *         written after a device flush that covers that (FLUSH-1).
  * ALLOC-3 What was freed keeps its refcount until no mapping on disk points to it and no request that found one is on its way
  *         (Q1). Then it is reused, or its refcount becomes 0.
+ * ALLOC-4 A cluster of compressed bytes is counted once for each guest cluster that has bytes in it, before these are mapped.
  */
 #include "base/alloc.h"
 #include "base/checked.h"
@@ -27,6 +28,8 @@
 #define BATCH_MAX   (64 * MIB)
 /* What is kept for reuse rather than counted down: at most so many bytes. */
 #define REUSE_MAX (64 * MIB)
+/* Clusters in a row that compressed bytes are packed into. */
+#define PACK_CLUSTERS 16
 /* Blocks that are looked through for free clusters before the file grows. */
 #define SCAN_BLOCKS 4
 
@@ -349,6 +352,67 @@ int qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t want,
     return r;
 }
 
+/* ---- compressed bytes ---- */
+
+/* The clusters that no compressed bytes have come to. */
+static void drop_pack(struct qcow2 *q)
+{
+    uint64_t first = align_up(q->alloc.pack, qcow2_cluster_size(q));
+
+    if (first < q->alloc.pack_end)
+        qcow2_alloc_put(q, first, (q->alloc.pack_end - first) >> q->cluster_bits);
+    q->alloc.pack = 0;
+    q->alloc.pack_end = 0;
+}
+
+/* Other clusters in a row to pack into. Under alloc.lock. */
+static int co_fn new_pack(struct qcow2 *q, const struct request *by)
+{
+    struct qcow2_extent got;
+    int r = 0;
+
+    drop_pack(q);
+    while (r == 0 && !take_from_pool(q, PACK_CLUSTERS, &got))
+        r = refill(q, by);
+    if (r < 0)
+        return r;
+    q->alloc.pack = got.host_offset;
+    q->alloc.pack_end = got.host_offset + (got.count << q->cluster_bits);
+    return 0;
+}
+
+/* ALLOC-4: the cluster in which the bytes begin has others in it, and is counted once more for these. */
+static int co_fn pack_into(struct qcow2 *q, const struct request *by, size_t len,
+                           uint64_t *ret_host)
+{
+    struct qcow2_alloc *a = &q->alloc;
+    int r = 0;
+
+    if (!is_aligned(a->pack, qcow2_cluster_size(q)) && a->pack + len <= a->pack_end) {
+        r = qcow2_count_up(q, by, a->pack >> q->cluster_bits);
+        if (r == 1)
+            a->pack = align_up(a->pack, qcow2_cluster_size(q));
+    }
+    if (r >= 0 && a->pack + len > a->pack_end)
+        r = new_pack(q, by);
+    if (r < 0)
+        return r;
+    *ret_host = a->pack;
+    a->pack += len;
+    return 0;
+}
+
+int qcow2_alloc_packed(struct qcow2 *q, const struct request *by, size_t len, uint64_t *ret_host)
+{
+    int r = co_mutex_lock_until(&q->alloc.lock, LOOP_FOREVER);
+
+    if (r < 0)
+        return r;
+    r = pack_into(q, by, len, ret_host);
+    co_mutex_unlock(&q->alloc.lock);
+    return r;
+}
+
 int qcow2_alloc_get_row(struct qcow2 *q, const struct request *by, uint64_t count,
                         struct qcow2_extent *ret)
 {
@@ -418,6 +482,7 @@ int qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by)
     bool moved = true;
     int r = epoch_co_pass(node_epoch(q->node));
 
+    drop_pack(q);
     if (r == 0)
         r = settle_locked(q, by);
     if (r == 0 && a->fresh < a->fresh_end)

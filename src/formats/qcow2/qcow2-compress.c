@@ -20,6 +20,7 @@
 
 /* Deflate without a header, as the format has it; the largest window reads what any was written with. */
 #define INFLATE_WINDOW (-15)
+#define DEFLATE_WINDOW (-12)
 
 /* A decompressed cluster. */
 struct qcow2_plain {
@@ -35,7 +36,7 @@ struct coding {
     const uint8_t *in;
     size_t in_len;
     uint8_t *out;
-    size_t out_len;
+    size_t out_len; /* room; of compressing: what it came to */
     int result;
 };
 
@@ -74,6 +75,40 @@ static void decompress(void *arg)
     struct coding *c = arg;
 
     c->result = c->type == QCOW2_COMPRESSION_ZSTD ? unzstd_all(c) : inflate_all(c);
+}
+
+/* 1: it would not become smaller. */
+static int deflate_all(struct coding *c)
+{
+    z_stream s = {.next_in = (uint8_t *)(uintptr_t)c->in, .avail_in = (uInt)c->in_len};
+    int r;
+
+    s.next_out = c->out;
+    s.avail_out = (uInt)c->out_len;
+    if (deflateInit2(&s, Z_DEFAULT_COMPRESSION, Z_DEFLATED, DEFLATE_WINDOW, 9,
+                     Z_DEFAULT_STRATEGY) != Z_OK)
+        return -ENOMEM;
+    r = deflate(&s, Z_FINISH);
+    (void)deflateEnd(&s);
+    c->out_len -= s.avail_out;
+    return r == Z_STREAM_END ? 0 : 1;
+}
+
+static int zstd_all(struct coding *c)
+{
+    size_t n = ZSTD_compress(c->out, c->out_len, c->in, c->in_len, ZSTD_CLEVEL_DEFAULT);
+
+    if (ZSTD_isError(n))
+        return 1;
+    c->out_len = n;
+    return 0;
+}
+
+static void compress_bytes(void *arg)
+{
+    struct coding *c = arg;
+
+    c->result = c->type == QCOW2_COMPRESSION_ZSTD ? zstd_all(c) : deflate_all(c);
 }
 
 /* ---- reading ---- */
@@ -188,5 +223,102 @@ int qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry
     if (r == 0)
         request_scatter(req, 0, p->bytes + in_cluster, (size_t)req->len);
     plain_put(q, p);
+    return r;
+}
+
+/* ---- writing ---- */
+
+/* One cluster, from byte `done` of the request on; what lies beyond the end of the disk is zeroes. */
+static struct iobuf *gather_cluster(const struct qcow2 *q, const struct request *req, uint64_t done,
+                                    uint64_t len)
+{
+    size_t size = (size_t)qcow2_cluster_size(q);
+    struct iobuf *b = iobuf_new(size);
+
+    if (b) {
+        memset(b->data + len, 0, size - (size_t)len);
+        request_gather(req, done, b->data, (size_t)len);
+    }
+    return b;
+}
+
+/* The data is written, then the mapping is published (WRITE-2). */
+static int co_fn store(struct qcow2 *q, const struct request *req, uint64_t cluster,
+                       struct iobuf *b, size_t len)
+{
+    unsigned bits = (unsigned)QCOW2_COMPRESSED_OFFSET_BITS(q->cluster_bits);
+    struct overlap_range range;
+    struct qcow2_slice *s = NULL;
+    uint64_t sectors;
+    uint64_t host;
+    int r =
+        overlap_begin(&q->ranges, &range, cluster << q->cluster_bits, qcow2_cluster_size(q), true);
+
+    if (r < 0)
+        return r;
+    r = qcow2_slice_pin(q, req, cluster, true, &s);
+    if (r == 0)
+        r = qcow2_alloc_packed(q, req, len, &host);
+    if (r == 0)
+        r = qcow2_write_meta(q, req, host, b, 0, len);
+    if (r == 0) {
+        sectors = (host + len - 1) / QCOW2_COMPRESSED_SECTOR - host / QCOW2_COMPRESSED_SECTOR;
+        r = qcow2_replace(q, s, cluster, QCOW2_L2_COMPRESSED | sectors << bits | host);
+    }
+    if (s)
+        qcow2_slice_unpin(q, s);
+    overlap_end(&q->ranges, &range);
+    return r;
+}
+
+/* 1: it does not become smaller, and is to be written as it is. */
+static int co_fn write_one(struct qcow2 *q, const struct request *req, uint64_t done, uint64_t len)
+{
+    struct iobuf *in = gather_cluster(q, req, done, len);
+    struct iobuf *out = iobuf_new((size_t)qcow2_cluster_size(q));
+    struct coding c = {.type = q->compression_type, .in_len = (size_t)qcow2_cluster_size(q)};
+    int r = in && out ? 0 : -ENOMEM;
+
+    if (r == 0) {
+        c.in = in->data;
+        c.out = out->data;
+        c.out_len = c.in_len - c.in_len / 32; /* else it saves nothing worth the time */
+        r = loop_co_compute(compress_bytes, &c);
+    }
+    if (r == 0)
+        r = c.result;
+    if (r == 0)
+        r = store(q, req, (req->offset + done) >> q->cluster_bits, out, c.out_len);
+    iobuf_unref(out);
+    iobuf_unref(in);
+    return r;
+}
+
+/* Whole clusters, or to the end of the disk. */
+static bool is_whole(const struct qcow2 *q, const struct request *req)
+{
+    uint64_t mask = qcow2_cluster_size(q) - 1;
+    uint64_t end = req->offset + req->len;
+
+    return !(req->offset & mask) && (!(end & mask) || end == node_size(q->node));
+}
+
+int qcow2_write_compressed(struct qcow2 *q, struct request *req)
+{
+    uint64_t done = 0;
+    int r = 0;
+
+    if (!is_whole(q, req))
+        return -EINVAL;
+    while (r == 0 && done < req->len) {
+        uint64_t len = MIN(req->len - done, qcow2_cluster_size(q));
+
+        r = write_one(q, req, done, len);
+        if (r == 1)
+            r = qcow2_write_plain(q, req, done, done + len);
+        done += len;
+    }
+    if (r == 0)
+        qcow2_flush_if_full(q, req);
     return r;
 }

@@ -228,6 +228,27 @@ int qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first, u
     return 1;
 }
 
+int qcow2_count_up(struct qcow2 *q, const struct request *by, uint64_t cluster)
+{
+    uint64_t index = cluster / qcow2_block_entries(q);
+    uint64_t most = UINT64_MAX >> (64 - (1u << q->refcount_order));
+    struct qcow2_refblock *block;
+    uint64_t i = cluster % qcow2_block_entries(q);
+    uint64_t value;
+    int r;
+
+    if (index >= q->alloc.table_size || !q->alloc.table[index])
+        return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", cluster);
+    r = qcow2_block_get(q, by, index, &block);
+    if (r < 0)
+        return r;
+    value = qcow2_count_get(q, block->bytes, i);
+    if (value == most)
+        return 1;
+    qcow2_count_set(q, block->bytes, i, value + 1);
+    return qcow2_block_write(q, by, q->alloc.table[index], block, i, 1);
+}
+
 int qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
 {
     uint64_t entries = qcow2_block_entries(q);

@@ -338,9 +338,8 @@ static int co_fn write_placing(struct qcow2 *q, struct request *req, uint64_t do
     return r;
 }
 
-int qcow2_co_write(struct node *node, struct request *req)
+static int co_fn write_all(struct qcow2 *q, struct request *req)
 {
-    struct qcow2 *q = node_state(node);
     uint64_t done = 0;
     int r = 0;
 
@@ -354,6 +353,56 @@ int qcow2_co_write(struct node *node, struct request *req)
             done += len;
     }
     return r;
+}
+
+int qcow2_write_plain(struct qcow2 *q, const struct request *req, uint64_t from, uint64_t to)
+{
+    int r = 0;
+
+    while (r == 0 && from < to) {
+        struct iovec iov[PIECE_IOV];
+        struct request part = *req;
+
+        part.flags &= ~(unsigned)REQUEST_COMPRESSED;
+        from += request_slice(&part, req, from, to - from, iov, PIECE_IOV);
+        r = write_all(q, &part);
+    }
+    return r;
+}
+
+int qcow2_co_write(struct node *node, struct request *req)
+{
+    struct qcow2 *q = node_state(node);
+
+    if (unlikely(req->flags & REQUEST_COMPRESSED))
+        return qcow2_write_compressed(q, req);
+    return write_all(q, req);
+}
+
+int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, uint64_t becomes)
+{
+    uint64_t entry = qcow2_entry(q, s, cluster);
+    struct qcow2_run *run = NULL;
+    enum qcow2_entry_kind kind;
+    uint64_t host;
+    int r = qcow2_entry_kind(q, entry, &kind, &host);
+
+    if (r < 0)
+        return r;
+    if (host || kind == QCOW2_ENTRY_COMPRESSED) {
+        run = run_of(q, entry, kind, host);
+        if (!run)
+            return -ENOMEM;
+    }
+    tiny_lock_acquire(&q->lock);
+    qcow2_entry_set_locked(q, s, cluster, becomes, true);
+    if (run) {
+        qcow2_plain_forget_locked(q);
+        qcow2_free_locked(q, run);
+    }
+    tiny_lock_release(&q->lock);
+    chain_changed(q->node, cluster << q->cluster_bits, qcow2_cluster_size(q));
+    return 0;
 }
 
 /* ---- zeroes and discard ---- */

@@ -295,6 +295,7 @@ const struct driver qcow2_driver = {
     .state_size = sizeof(struct qcow2),
     .options = &qcow2_options_type,
     .zeroes_fast = true,
+    .compresses = true,
     .keeps_metadata = true,
     .co_open = qcow2_co_open,
     .co_close = qcow2_co_close,

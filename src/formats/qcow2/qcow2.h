@@ -106,6 +106,10 @@ struct qcow2_alloc {
     uint64_t batch; /* how many clusters are made ready next time */
     bool grows;     /* the file does, with zeroes */
 
+    /* Protected by the lock above: compressed bytes go to [pack, pack_end) of the file, whose clusters are counted once. */
+    uint64_t pack;
+    uint64_t pack_end;
+
     /* Protected by qcow2.lock: the pool (ALLOC-1, ALLOC-2). */
     uint64_t fresh;     /* never used, durably counted, reads as zeroes: from here... */
     uint64_t fresh_end; /* ...to here */
@@ -226,6 +230,7 @@ size_t qcow2_slice_bytes(const struct qcow2 *q);
 
 struct qcow2_plain;
 
+int co_fn qcow2_write_compressed(struct qcow2 *q, struct request *req);
 int co_fn qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry);
 /* Where the bytes of a compressed cluster lie, to the end of their last sector. */
 void qcow2_compressed_place(const struct qcow2 *q, uint64_t entry, uint64_t *ret_offset,
@@ -256,6 +261,8 @@ int co_fn qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t 
 /* The counts of clusters that have blocks, from `was` to `becomes`; what is otherwise is left, and told. */
 int co_fn qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
                         unsigned was, unsigned becomes);
+/* One more for one cluster. 1: its count is as large as it can be. */
+int co_fn qcow2_count_up(struct qcow2 *q, const struct request *by, uint64_t cluster);
 /* One less for each. */
 int co_fn qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first,
                            uint64_t count);
@@ -296,6 +303,9 @@ int co_fn qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t wa
 /* All of them, in a row. */
 int co_fn qcow2_alloc_get_row(struct qcow2 *q, const struct request *by, uint64_t count,
                               struct qcow2_extent *ret);
+/* So many bytes within clusters that others may share; less than a cluster. Counted before it returns. */
+int co_fn qcow2_alloc_packed(struct qcow2 *q, const struct request *by, size_t len,
+                             uint64_t *ret_host);
 /* Back to the pool: what nothing ever pointed to. */
 void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count);
 /* Under qcow2.lock: what mappings in memory do not point to any more. */
@@ -315,6 +325,11 @@ void co_fn qcow2_flush_if_full(struct qcow2 *q, const struct request *by);
 int co_fn qcow2_co_write(struct node *node, struct request *req);
 int co_fn qcow2_co_write_zeroes(struct node *node, struct request *req);
 int co_fn qcow2_co_discard(struct node *node, struct request *req);
+
+/* Bytes [from, to) of a request, as they are. */
+int co_fn qcow2_write_plain(struct qcow2 *q, const struct request *req, uint64_t from, uint64_t to);
+/* The range is held, the slice pinned: from now on the guest cluster is this, and what it had is freed. */
+int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, uint64_t becomes);
 
 enum qcow2_clearing {
     QCOW2_DISCARD,    /* space is given back */
