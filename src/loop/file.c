@@ -338,9 +338,9 @@ static int co_fn path_op(enum io_op_kind kind, const char *path, const char *pat
     hold = iobuf_new(2 * (size_t)PATH_MAX);
     op = hold ? op_new(kind) : NULL;
     if (op) {
-        op->path = strcpy((char *)hold->data, path);
+        op->path = memcpy(hold->data, path, strlen(path) + 1);
         if (path2)
-            op->path2 = strcpy((char *)hold->data + PATH_MAX, path2);
+            op->path2 = memcpy(hold->data + PATH_MAX, path2, strlen(path2) + 1);
         op->hold = hold;
         op->owns_memory = true;
         r = op_co_run(op, LOOP_FOREVER);

@@ -396,7 +396,6 @@ REFUSED = {
     "encrypted": (encrypted, "encrypt"),
     "data-file": (with_data_file, "data file"),
     "extended-l2": (of("extended_l2=on"), "extended"),
-    "dirty": (left_dirty, "dirty"),
     "corrupt": (marked(72, "Q", 2), "corrupt"),
     "unknown": (with_unknown_feature, "time travel"),
     "unknown-without-name": (marked(72, "Q", 1 << 62), "62"),
@@ -418,6 +417,19 @@ def test_refused_in_a_clear_line(daemon, tmp_path, case):
     assert text.lower() in said.lower() and "\n" not in said, said
     assert "'disk'" in said or str(image) in said
     assert image.read_bytes() == before
+
+
+def test_dirty_image_is_repaired_by_the_open(tmp_path):
+    image = tmp_path / "a.qcow2"
+    left_dirty(image)
+    assert field(image, 72, "Q") & 1
+    with Daemon() as daemon:
+        daemon.expected = ["not closed in order"]
+        with Disk(daemon, image) as disk:
+            assert disk.nbd.pread(4096, 0) == b"\xcd" * 4096
+            disk.nbd.pwrite(b"\7" * 4096, 65536)
+    assert not field(image, 72, "Q") & 1
+    must_be_sound(image)
 
 
 def test_snapshots_keep_what_they_hold(daemon, tmp_path):

@@ -831,10 +831,7 @@ static void test_qcow2_header__some_images_are_read_only(void **state)
     (void)state;
     readable_only(image_incompatible(QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_DIRTY),
                   "node 'x': the image is marked corrupt: open it with read-only=on, or repair it "
-                  "with `qemu-img check -r all`");
-    readable_only(image_incompatible(QCOW2_INCOMPATIBLE_DIRTY),
-                  "node 'x': the image is marked dirty, its refcounts may be wrong: open it with "
-                  "read-only=on, or repair it with `qemu-img check -r all`");
+                  "with `cairn check -r all`");
 }
 
 /* Bitmaps in the image are not kept up to date: their bit goes when the image is written to. */

@@ -585,12 +585,7 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
     if (header->incompatible & QCOW2_INCOMPATIBLE_CORRUPT)
         return error_set(err, ENOTSUP,
                          "node '%s': the image is marked corrupt: open it with read-only=on, or "
-                         "repair it with `qemu-img check -r all`",
-                         node_name);
-    if (header->incompatible & QCOW2_INCOMPATIBLE_DIRTY)
-        return error_set(err, ENOTSUP,
-                         "node '%s': the image is marked dirty, its refcounts may be wrong: open "
-                         "it with read-only=on, or repair it with `qemu-img check -r all`",
+                         "repair it with `cairn check -r all`",
                          node_name);
     return 0;
 }

@@ -264,14 +264,15 @@ int qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first, 
         if (index >= q->alloc.table_size || !q->alloc.table[index])
             return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", first);
         r = qcow2_block_get(q, by, index, &block);
-        for (uint64_t i = from; r == 0 && i < from + n; i++) {
+        if (r < 0)
+            return r;
+        for (uint64_t i = from; i < from + n; i++) {
             uint64_t value = qcow2_count_get(q, block->bytes, i);
 
             wrong |= !value;
             qcow2_count_set(q, block->bytes, i, value ? value - 1 : 0);
         }
-        if (r == 0)
-            r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
+        r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
         if (wrong)
             (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is 0", first);
         first += n;

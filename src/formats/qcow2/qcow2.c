@@ -9,6 +9,7 @@
 #include "base/endian.h"
 #include "base/log.h"
 #include "base/macros.h"
+#include "formats/qcow2/qcow2-check.h"
 #include "formats/qcow2/qcow2-header.h"
 #include "graph/gate.h"
 #include "graph/graph.h"
@@ -78,7 +79,7 @@ int qcow2_damaged(struct qcow2 *q, const char *fmt, ...)
     va_start(args, fmt);
     what = xvasprintf(fmt, args);
     va_end(args);
-    log_warning("node '%s': the image is damaged: %s; check it with qemu-img check",
+    log_warning("node '%s': the image is damaged: %s; check it with cairn check",
                 node_name(q->node), what);
     free(what);
     return -EIO;
@@ -110,6 +111,30 @@ static int co_fn read_header(struct qcow2 *q, const struct request *by, struct q
         r = qcow2_header_parse(ret, b->data, len, size, node_name(q->node), err);
     iobuf_unref(b);
     return r;
+}
+
+/*
+ * Q5: its refcounts were left to whoever opens it next. A corrupt image is not touched: check_supported() refuses it.
+ */
+static int co_fn repair_if_dirty(struct qcow2 *q, const struct request *by,
+                                 struct qcow2_header *header, struct error **err)
+{
+    int r;
+
+    if (!q->writable || !(header->incompatible & QCOW2_INCOMPATIBLE_DIRTY) ||
+        header->incompatible & QCOW2_INCOMPATIBLE_CORRUPT)
+        return 0;
+    r = qcow2_header_check_supported(header, true, node_name(q->node), err);
+    if (r < 0)
+        return r;
+    log_warning("node '%s': the image was not closed in order: repairing its refcounts",
+                node_name(q->node));
+    r = qcow2_co_repair_refcounts(q->file, by, node_name(q->node), err);
+    if (r < 0)
+        return r;
+    qcow2_header_release(header);
+    *header = (struct qcow2_header){0};
+    return read_header(q, by, header, err);
 }
 
 /* What is not kept right any more must not be believed: the bits go before anything else is written. */
@@ -228,6 +253,8 @@ static int co_fn control_fn qcow2_co_open(struct node *node, const void *options
 
     init_empty(q, node);
     r = read_header(q, &by, &header, err);
+    if (r == 0)
+        r = repair_if_dirty(q, &by, &header, err);
     if (r == 0)
         r = qcow2_header_check_supported(&header, !q->writable, node_name(node), err);
     if (r == 0)
