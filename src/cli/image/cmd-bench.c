@@ -105,8 +105,7 @@ static void announce(const struct bench *b)
            " in parallel (starting at offset %" PRIu64 ", step size %" PRIu64 ")\n",
            b->count, b->writes ? "write" : "read", b->size, b->depth, b->offset, b->step);
     if (b->flush_interval)
-        printf("Sending flush every %" PRIu64 " %srequests\n", b->flush_interval,
-               b->no_drain ? "" : "drained ");
+        printf("Sending flush every %" PRIu64 " requests\n", b->flush_interval);
     (void)fflush(stdout);
 }
 

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/stat.h>
 
 struct create {
     const char *format;
@@ -20,6 +21,18 @@ struct create {
     bool unsafe; /* the backing file is not looked at */
     struct create_options o;
 };
+
+static int refuse_itself(const struct create *c, struct error **err)
+{
+    AUTO(free_ptr) char *path = image_combine(c->filename, c->o.backing_file);
+    struct stat a;
+    struct stat b;
+
+    if (strcmp(path, c->filename) == 0 || (stat(path, &a) == 0 && stat(c->filename, &b) == 0 &&
+                                           a.st_dev == b.st_dev && a.st_ino == b.st_ino))
+        return error_set(err, EINVAL, "an image cannot be its own backing file");
+    return 0;
+}
 
 /* Whether it is there, and how large it is: as the new image will find it. */
 static int co_fn control_fn look_at_backing(struct graph *g, struct create *c, struct error **err)
@@ -44,7 +57,9 @@ static int co_fn control_fn create(struct graph *g, void *arg, struct error **er
     struct create *c = arg;
     int r = 0;
 
-    if (c->o.backing_file && !c->unsafe)
+    if (c->o.backing_file)
+        r = refuse_itself(c, err);
+    if (r == 0 && c->o.backing_file && !c->unsafe)
         r = look_at_backing(g, c, err);
     if (r == 0 && !c->o.has_size)
         r = error_set(err, EINVAL, "Image creation needs a size parameter");

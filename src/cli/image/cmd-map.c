@@ -182,6 +182,8 @@ static int co_fn control_fn walk(struct mapping_walk *w, struct error **err)
     }
     if (r == 0)
         print_current(w);
+    if (r == 0 && w->map->json && !w->printed)
+        print_json(w, &(struct entry){.start = at}); /* an empty range is said to be one */
     return r;
 }
 
@@ -230,7 +232,7 @@ static int co_fn control_fn map(struct graph *g, void *arg, struct error **err)
     if (r == 0)
         r = walk(&w, err);
     if (r == 0 && w.map->json)
-        printf(w.printed ? "]\n" : "[]\n");
+        printf("]\n");
     close_layers(&w);
     image_co_close(&w.image);
     return r;

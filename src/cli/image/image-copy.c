@@ -14,6 +14,9 @@
 #define CHUNK  ((uint64_t)1 << 20)
 #define SECTOR 512
 
+/* How often a wait looks for signals. */
+#define LOOK_NS (100 * NS_PER_MS)
+
 enum piece_kind { PIECE_DATA, PIECE_ZERO, PIECE_LEFT };
 
 struct piece {
@@ -201,14 +204,19 @@ static void end_turn(struct image_copy *c)
     tiny_lock_release(&c->lock);
 }
 
-/* So that no more than the rate goes out on average. */
+/* So that no more than the rate goes out on average. A signal is minded meanwhile. */
 static int co_fn keep_rate(struct image_copy *c, uint64_t bytes)
 {
+    uint64_t until;
+    int r = 0;
+
     c->data_done += bytes;
     if (!c->rate)
         return 0;
-    return co_sleep_until(c->started_ns +
-                          (uint64_t)((double)c->data_done / (double)c->rate * (double)NS_PER_S));
+    until = c->started_ns + (uint64_t)((double)c->data_done / (double)c->rate * (double)NS_PER_S);
+    while (r == 0 && c->result == 0 && !cli_interrupted() && loop_clock() < until)
+        r = co_sleep_until(MIN(until, loop_clock() + LOOK_NS));
+    return r;
 }
 
 static int co_fn copy_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
