@@ -379,12 +379,13 @@ static int control_fn add_prepare(struct change_action *action, struct error **e
         r = check_new(a, node, err);
     if (r < 0)
         return r;
-    a->group = group_of(node) ? NULL : group_new();
-    if (!a->group && !group_of(node))
+    a->group = group_new(); /* an action before this one may take the last bitmap away */
+    if (!a->group)
         return no_memory(a, err);
     d = try_new(struct dirty_bitmap);
     if (!d)
         return no_memory(a, err);
+    a->guard.node = node;
     a->bitmap = d;
     list_init(&d->link);
     d->name = xstrdup(a->ref.name);
@@ -427,12 +428,23 @@ int dirty_bitmap_action_add(struct change *c, struct dirty_bitmap_action *a,
                             struct error **err)
 {
     begin(c, a, &add_ops, ref);
+    guard_action_add(c, &a->guard, 1); /* I5 */
     a->granularity = granularity ? granularity : DEFAULT_GRANULARITY;
     a->enabled = enabled;
     return reserve(c, ref.node, err);
 }
 
 /* ---- remove ---- */
+
+static int control_fn remove_prepare(struct change_action *action, struct error **err)
+{
+    struct dirty_bitmap_action *a = action_of(action);
+    int r = prepare_bitmap(a, err);
+
+    if (r == 0)
+        a->guard.node = node_in_commit(a);
+    return r;
+}
 
 static void control_fn remove_commit(struct change_action *action)
 {
@@ -454,7 +466,7 @@ static void remove_finish(struct change_action *action)
 }
 
 static const struct change_action_ops remove_ops = {
-    .co_prepare = prepare_only,
+    .co_prepare = remove_prepare,
     .commit = remove_commit,
     .co_abort = action_release,
     .co_finish = remove_finish,
@@ -464,6 +476,7 @@ int dirty_bitmap_action_remove(struct change *c, struct dirty_bitmap_action *a,
                                struct dirty_bitmap_ref ref, struct error **err)
 {
     begin(c, a, &remove_ops, ref);
+    guard_action_add(c, &a->guard, -1);
     return reserve(c, ref.node, err);
 }
 

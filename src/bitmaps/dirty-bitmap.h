@@ -9,6 +9,7 @@
  *         the commit. All memory is taken before.
  * DIRTY-3 A bitmap that has an owner (a job, an export) is changed by nobody else.
  * DIRTY-4 What a disk had before it was cut and grown again is dirty: it has changed (P2). What it never had is clean.
+ * DIRTY-5 While a node has bitmaps nobody else writes below it, in this process or, where locks tell, in another one (I5).
  */
 #ifndef CAIRN_BITMAPS_DIRTY_BITMAP_H
 #define CAIRN_BITMAPS_DIRTY_BITMAP_H
@@ -18,6 +19,7 @@
 #include "bitmaps/bitmap.h"
 #include "graph/change.h"
 #include "graph/graph.h"
+#include "graph/reshape.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -43,6 +45,7 @@ struct dirty_bitmap_ref {
  */
 struct dirty_bitmap_action {
     struct change_action action;
+    struct guard_action guard; /* add and remove */
     struct dirty_bitmap_ref ref;
     uint64_t granularity;
     bool enabled;

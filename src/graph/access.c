@@ -59,7 +59,7 @@ static const struct edge *next_user(const struct node *node, const struct edge *
                : list_entry(e->arriving_link.next, struct edge, arriving_link);
 }
 
-struct access node_access_sum(const struct node *node)
+static struct access users_sum(const struct node *node)
 {
     struct access sum = ACCESS_NONE;
 
@@ -69,6 +69,24 @@ struct access node_access_sum(const struct node *node)
         sum.wants |= a.wants;
         sum.tolerates &= a.tolerates;
     }
+    return sum;
+}
+
+/*
+ * I5. A filter that guards writes by itself stops when it loses its users: it comes and goes with a job, which a bitmap of somebody
+ * else's must not keep from ending (P3). The bitmap goes with it.
+ */
+static bool is_guarded(const struct node *node)
+{
+    return node->guards && !node->driver->guards_writes;
+}
+
+struct access node_access_sum(const struct node *node)
+{
+    struct access sum = users_sum(node);
+
+    if (is_guarded(node))
+        sum.tolerates &= ~(unsigned)(ACCESS_WRITE | ACCESS_RESIZE);
     return sum;
 }
 
@@ -119,17 +137,21 @@ struct access access_below(const struct edge *child)
 static int conflict(const struct node *node, const struct edge *wanter, const struct edge *refuser,
                     struct error **err)
 {
+    unsigned bits = edge_access(wanter).wants & ~edge_access(refuser).tolerates;
+    bool guarded =
+        refuser->parent && is_guarded(refuser->parent) && (bits & (ACCESS_WRITE | ACCESS_RESIZE));
     char wants[ACCESS_TEXT_BYTES];
 
-    access_text(edge_access(wanter).wants & ~edge_access(refuser).tolerates, wants);
-    return error_set(err, EPERM, "%s wants %s access to node '%s', which %s does not tolerate",
-                     edge_parent_text(wanter), wants, node->name, edge_parent_text(refuser));
+    access_text(bits, wants);
+    return error_set(err, EPERM, "%s wants %s access to node '%s', which %s does not tolerate%s",
+                     edge_parent_text(wanter), wants, node->name, edge_parent_text(refuser),
+                     guarded ? ": it has dirty bitmaps" : "");
 }
 
 /* A conflict is a bit that one edge wants and another one refuses. Linear when there is none. */
 static int check_node(const struct node *node, struct error **err)
 {
-    struct access sum = node_access_sum(node);
+    struct access sum = users_sum(node); /* who uses a node that is guarded is no stranger to it */
 
     if (node->settings.read_only && (sum.wants & (ACCESS_WRITE | ACCESS_RESIZE)))
         return error_set(err, EPERM, "node '%s' is read-only", node->name);

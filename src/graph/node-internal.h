@@ -75,13 +75,14 @@ struct node {
     bool queued;          /* in a node_queue */
     unsigned depth;       /* as far as a walk for it has come */
     uint64_t access_walk; /* the last change of access that came here */
+    unsigned guards;      /* while there are any, nobody else changes what is below it (I5) */
     char *wanted_file;    /* a backing file that the image names, and its format; or NULL */
     char *wanted_format;
     bool monitor_owned;
     bool opened;
     bool needs_reopen;          /* D3: takes no more metadata writes */
     struct change *reserved_by; /* G5 */
-    struct access access;       /* of all users together */
+    struct access access;       /* of all users together, and its own (I5) */
     struct access told;         /* what a driver that guards it has been told last */
     struct node_load load;      /* as a query has seen it last */
     bool touched;               /* by the change that tries to reserve what it needs */
@@ -94,7 +95,7 @@ static inline bool edge_is_cut(const struct edge *edge)
     return atomic_get_relaxed(&edge->cut);
 }
 
-/* All of a node's users together, as it will be when what is pending is committed. */
+/* All of a node's users together, and what it must rely on itself (I5), as it will be when what is pending is committed. */
 struct access node_access_sum(const struct node *node);
 
 /* Attaches a child with no access. Takes over a reference to the child. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Changes of the graph under load that come with the graph: replacing a node, and resizing one. */
+/* Changes of the graph under load that come with the graph: replacing a node, guarding it, and resizing one. */
 #include "graph/reshape.h"
 #include "base/alloc.h"
 #include "base/macros.h"
@@ -168,6 +168,62 @@ int graph_co_replace(struct graph *g, const char *from, const char *to, struct e
     }
     change_end(&change);
     return r;
+}
+
+/* Guarding: who would be in the way is found in prepare, by what will be; so does a driver keep others out from then on. */
+
+static int co_fn control_fn guard_co_prepare(struct change_action *a, struct error **err)
+{
+    struct guard_action *g = container_of(a, struct guard_action, action);
+    int r;
+
+    g->walk = try_new(struct access_walk);
+    if (!g->walk)
+        return error_set(err, ENOMEM, "no memory");
+    g->node->guards += (unsigned)g->by;
+    r = access_walk_node(g->walk, g->node, err);
+    if (r == 0)
+        r = access_co_prepare(g->walk, err);
+    return r == 0 || g->by < 0
+               ? r
+               : error_wrap(err, r, "nobody else may write past node '%s'", g->node->name);
+}
+
+static void guard_commit(struct change_action *a)
+{
+    access_commit(container_of(a, struct guard_action, action)->walk);
+}
+
+static void co_fn control_fn guard_co_finish(struct change_action *a)
+{
+    struct guard_action *g = container_of(a, struct guard_action, action);
+
+    access_co_finish(g->walk);
+    free(g->walk);
+}
+
+static void co_fn control_fn guard_co_abort(struct change_action *a)
+{
+    struct guard_action *g = container_of(a, struct guard_action, action);
+
+    if (!g->walk)
+        return;
+    g->node->guards -= (unsigned)g->by;
+    access_co_abort(g->walk);
+    free(g->walk);
+}
+
+static const struct change_action_ops guard_ops = {
+    .co_prepare = guard_co_prepare,
+    .commit = guard_commit,
+    .co_abort = guard_co_abort,
+    .co_finish = guard_co_finish,
+};
+
+void guard_action_add(struct change *c, struct guard_action *g, int by)
+{
+    *g = (struct guard_action){.by = by};
+    change_add_action(c, &g->action, &guard_ops);
 }
 
 /* Resizing: the request is the persist step; a short-lived backend holds the access that it takes. */

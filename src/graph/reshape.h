@@ -33,4 +33,19 @@ struct replace_action {
 void replace_action_add(struct change *c, struct replace_action *rp, struct node *from,
                         struct node *to);
 
+/*
+ * I5: while a node is guarded, which is counted, nobody changes what is below it but the node itself: its children's edges do
+ * not tolerate it, and a driver that tells other programs is told. Its own users write as they do. One more guard (+1) or one less
+ * (-1) from the commit on; -EPERM and the errors of drivers if somebody else writes there already. The node stays until the change has
+ * ended.
+ */
+struct guard_action {
+    struct change_action action;
+    struct node *node; /* set by an earlier action's prepare */
+    int by;
+    struct access_walk *walk;
+};
+
+void guard_action_add(struct change *c, struct guard_action *g, int by);
+
 #endif

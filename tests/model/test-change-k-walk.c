@@ -132,7 +132,7 @@ static const struct change_action_ops header_ops = {
 
 /* ---- the changes ---- */
 
-enum kind { REPLACE, RESIZE, HEADER, BOTH, KINDS };
+enum kind { REPLACE, RESIZE, GUARD, HEADER, BOTH, KINDS };
 
 struct world {
     struct graph *graph;
@@ -169,6 +169,47 @@ static int change_with_header(struct world *w, bool replace, bool *ret_committed
     return r;
 }
 
+static int find_guarded(struct change_action *a, struct error **err);
+
+static const struct change_action_ops find_ops = {.co_prepare = find_guarded};
+
+/* As when bitmaps come and go (I5): two guards more and one less, of a node whose driver locks. */
+struct guards {
+    struct change_action find;
+    struct guard_action each[3];
+};
+
+static int find_guarded(struct change_action *a, struct error **err)
+{
+    struct guards *guards = container_of(a, struct guards, find);
+
+    for (unsigned i = 0; i < ARRAY_SIZE(guards->each); i++) {
+        int r = graph_need(a->change->graph, "disk", &guards->each[i].node, err);
+
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int change_guards(struct world *w, struct error **err)
+{
+    struct guards guards = {.find = {.node = NULL}};
+    struct change c;
+    int r;
+
+    change_init(&c, w->graph, "guarding");
+    r = change_add_root(&c, "disk", err);
+    if (r == 0) {
+        change_add_action(&c, &guards.find, &find_ops);
+        for (unsigned i = 0; i < ARRAY_SIZE(guards.each); i++)
+            guard_action_add(&c, &guards.each[i], i == 1 ? -1 : 1);
+        r = change_co_run(&c, err);
+    }
+    change_end(&c);
+    return r;
+}
+
 static int run_change(struct world *w, struct error **err)
 {
     bool committed;
@@ -178,6 +219,8 @@ static int run_change(struct world *w, struct error **err)
         return graph_co_replace(w->graph, "disk", "top", err);
     case RESIZE:
         return graph_co_resize(w->graph, "disk", DISK_SIZE * 2, err);
+    case GUARD:
+        return change_guards(w, err);
     case HEADER:
     case BOTH:
         return change_with_header(w, w->kind == BOTH, &committed, err);
@@ -218,8 +261,9 @@ static void say_edge(const struct node *parent, const struct edge *e, struct acc
 static void say_node(struct node *node, void *arg)
 {
     check(!node->reserved_by && list_empty(&node->arriving));
-    say(arg, "%s size %llu refs %u wants %u tolerates %u\n", node->name,
-        (unsigned long long)node->size, node->refs, node->access.wants, node->access.tolerates);
+    say(arg, "%s size %llu refs %u wants %u tolerates %u guards %u\n", node->name,
+        (unsigned long long)node->size, node->refs, node->access.wants, node->access.tolerates,
+        node->guards);
     node_for_each_child(node, say_edge, arg);
 }
 
