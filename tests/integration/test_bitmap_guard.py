@@ -192,3 +192,19 @@ def test_qemu_io_is_kept_out(start, path):
     host.bitmap(host.must, verb="remove")
     words = ["qemu-io", "-f", "raw", "-c", "write 0 64k", str(path)]
     assert subprocess.run(words, check=False, capture_output=True, timeout=30).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="qemu-img is not installed")
+def test_nobody_writes_a_layer_below(start, path, tmp_path):
+    overlay = tmp_path / "overlay.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(overlay), "4M"], check=True, timeout=30)
+    host = Host(start(), path)
+    host.must("blockdev-add", driver="qcow2", node_name="o", backing="d",
+              file={"driver": "file", "filename": str(overlay)})
+    host.serve(host.must)
+    assert "node 'd', which node 'o' does not tolerate: it has dirty bitmaps" in host.bitmap(host.refused, node="o")["desc"]
+    host.unserve()
+    host.bitmap(host.must, node="o")
+    assert "node 'd', which node 'o' does not tolerate: it has dirty bitmaps" in host.serve(host.refused)["desc"]
+    host.bitmap(host.must, verb="remove", node="o")
+    host.serve(host.must)
