@@ -240,7 +240,7 @@ static enum sim_end repair_until(struct damaged *d, uint64_t kill_at_op, struct 
 /* What no harm was done to reads as ever. */
 static void check_guest(struct damaged *d, uint8_t *bytes, size_t len)
 {
-    struct qcow2_layer layer = {qcow2_file_in_memory(bytes, len), false};
+    struct qcow2_layer layer = {.file = qcow2_file_in_memory(bytes, len)};
     uint64_t cluster = cluster_of(d);
     uint8_t *expected = xalloc(2, cluster);
 

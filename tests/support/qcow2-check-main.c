@@ -22,7 +22,8 @@ static const char *const kinds[QCOW2_ERRORS] = {
     [QCOW2_ERROR_MISALIGNED] = "misaligned", [QCOW2_ERROR_BEYOND_END] = "beyond",
     [QCOW2_ERROR_COPIED] = "copied",         [QCOW2_ERROR_NOWHERE] = "nowhere",
     [QCOW2_ERROR_RESERVED] = "reserved",     [QCOW2_ERROR_ZERO_V2] = "zero_v2",
-    [QCOW2_ERROR_DIRTY] = "dirty",
+    [QCOW2_ERROR_DIRTY] = "dirty",           [QCOW2_ERROR_NOT_COPIED] = "not_copied",
+    [QCOW2_ERROR_SNAPSHOT] = "snapshot",
 };
 
 static int check_image(const char *path)
@@ -58,7 +59,7 @@ static int read_images(char **paths, unsigned count)
         bool raw = strncmp(paths[i], "raw:", 4) == 0;
 
         fds[i] = open(paths[i] + (raw ? 4 : 0), O_RDONLY);
-        layers[i] = (struct qcow2_layer){qcow2_file_of_fd(&fds[i]), raw};
+        layers[i] = (struct qcow2_layer){.file = qcow2_file_of_fd(&fds[i]), .raw = raw};
     }
     size = layers[0].file.size;
     if (!layers[0].raw) {

@@ -37,7 +37,25 @@ struct header {
     uint64_t table_clusters;
     uint64_t incompatible;
     uint64_t autoclear;
+    uint64_t snapshot_count;
+    uint64_t snapshots_offset;
 };
+
+/* An entry of the table of snapshots. */
+struct entry {
+    uint64_t at; /* in the file */
+    uint64_t len;
+    uint64_t l1_offset;
+    uint64_t l1_entries;
+    uint64_t disk_size; /* NO_SIZE: it does not say */
+    unsigned id_len;
+    unsigned name_len;
+};
+
+#define NO_SIZE UINT64_MAX
+
+/* What a cluster is used for: for one thing, however often. */
+enum use { USE_NOTHING, USE_META, USE_L2, USE_DATA };
 
 struct walk {
     const struct qcow2_file *f;
@@ -45,6 +63,9 @@ struct walk {
     uint64_t cluster;
     uint64_t clusters; /* of the file, a last piece of one included */
     uint32_t *references;
+    uint32_t *walk; /* the last L1 table on whose behalf it was referred to: 1 is the active one */
+    uint8_t *use;   /* enum use */
+    uint32_t now;   /* 0: nobody's */
     uint8_t *block; /* the last refcount block that was looked at; block_at: 0 before the first */
     uint64_t block_at;
     struct qcow2_verdict *v;
@@ -228,8 +249,12 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
         return unjudged(v, EOPNOTSUPP, "incompatible features %" PRIx64, h->incompatible);
     if (load_be32(b + 32))
         return unjudged(v, EOPNOTSUPP, "it is encrypted");
-    if (load_be32(b + 60))
-        return unjudged(v, EOPNOTSUPP, "it has snapshots");
+    h->snapshot_count = load_be32(b + 60);
+    h->snapshots_offset = load_be64(b + 64);
+    if (h->snapshot_count > 65536 ||
+        (h->snapshot_count && h->snapshots_offset % ((uint64_t)1 << h->cluster_bits)))
+        return unjudged(v, EINVAL, "%" PRIu64 " snapshots at %" PRIx64, h->snapshot_count,
+                        h->snapshots_offset);
     r = look_at_extensions(f, len, (uint64_t)1 << h->cluster_bits, v);
     return r < 0 ? r : check_header_sense(f, h, v);
 }
@@ -237,7 +262,8 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
 /* ---- references ---- */
 
 /* A reference to `count` clusters from `offset` on; false if there is no such cluster. */
-static bool refer(struct walk *w, uint64_t offset, uint64_t count, const char *what, uint64_t where)
+static bool refer(struct walk *w, uint64_t offset, uint64_t count, enum use use, const char *what,
+                  uint64_t where)
 {
     if (offset % w->cluster) {
         found(w, QCOW2_ERROR_MISALIGNED, "%s %" PRIu64 " is misaligned: %" PRIx64, what, where,
@@ -252,9 +278,12 @@ static bool refer(struct walk *w, uint64_t offset, uint64_t count, const char *w
                   where, offset);
             return false;
         }
-        if (w->references[n]++ == 1)
+        /* Each snapshot may use once what others use, for the same. */
+        if (w->references[n]++ && (use == USE_META || w->use[n] != use || w->walk[n] == w->now))
             found(w, QCOW2_ERROR_USED_TWICE, "cluster %" PRIu64 " is used twice, by %s %" PRIu64, n,
                   what, where);
+        w->use[n] = (uint8_t)use;
+        w->walk[n] = w->now;
     }
     return true;
 }
@@ -303,9 +332,11 @@ static int check_copied(struct walk *w, uint64_t entry, uint64_t offset, const c
     uint64_t count;
     int r = stored_refcount(w, offset / w->cluster, &count);
 
-    if (r == 0 && (count == 1) != !!(entry & FLAG_COPIED))
-        found(w, QCOW2_ERROR_COPIED, "%s %" PRIu64 ": copied is %d, the refcount %" PRIu64, what,
-              where, !!(entry & FLAG_COPIED), count);
+    /* Snapshots' own tables may say what they like. */
+    if (r == 0 && w->now == 1 && (count == 1) != !!(entry & FLAG_COPIED))
+        found(w, count == 1 ? QCOW2_ERROR_NOT_COPIED : QCOW2_ERROR_COPIED,
+              "%s %" PRIu64 ": copied is %d, the refcount %" PRIu64, what, where,
+              !!(entry & FLAG_COPIED), count);
     return r;
 }
 
@@ -321,14 +352,14 @@ static int walk_l2_entry(struct walk *w, uint64_t entry, uint64_t guest)
     if (w->h.version == 2 && (entry & FLAG_ZERO))
         found(w, QCOW2_ERROR_ZERO_V2, "guest cluster %" PRIu64 " is zero in version 2", guest);
     if (w->h.version > 2 && (entry & FLAG_ZERO))
-        w->v->zero_clusters++;
+        w->v->zero_clusters += w->now == 1;
     if (offset == 0) {
         if (entry & FLAG_COPIED)
             found(w, QCOW2_ERROR_NOWHERE, "guest cluster %" PRIu64 " is copied to nowhere", guest);
         return 0;
     }
-    w->v->data_clusters++;
-    if (!refer(w, offset, 1, "guest cluster", guest))
+    w->v->data_clusters += w->now == 1;
+    if (!refer(w, offset, 1, USE_DATA, "guest cluster", guest))
         return 0;
     return check_copied(w, entry, offset, "guest cluster", guest);
 }
@@ -345,15 +376,17 @@ static int walk_l2(struct walk *w, uint64_t l2, uint64_t index)
     return r;
 }
 
-static int walk_l1(struct walk *w)
+/* On behalf of number `now`. */
+static int walk_l1(struct walk *w, uint32_t now, uint64_t l1_offset, uint64_t entries)
 {
-    uint64_t bytes = w->h.l1_entries * 8;
+    uint64_t bytes = entries * 8;
 
-    if (bytes)
-        (void)refer(w, w->h.l1_offset, (bytes + w->cluster - 1) / w->cluster, "L1", 0);
-    for (uint64_t i = 0; i < w->h.l1_entries; i++) {
+    w->now = now;
+    if (bytes && !refer(w, l1_offset, (bytes + w->cluster - 1) / w->cluster, USE_META, "L1", now))
+        return 0;
+    for (uint64_t i = 0; i < entries; i++) {
         uint64_t entry, offset;
-        int r = file_entry(w->f, w->h.l1_offset + i * 8, &entry);
+        int r = file_entry(w->f, l1_offset + i * 8, &entry);
 
         if (r < 0)
             return r;
@@ -365,9 +398,9 @@ static int walk_l1(struct walk *w)
                 found(w, QCOW2_ERROR_NOWHERE, "L1 entry %" PRIu64 " is copied to nowhere", i);
             continue;
         }
-        if (!refer(w, offset, 1, "L2 table", i))
+        if (!refer(w, offset, 1, USE_L2, "L2 table", i))
             continue;
-        w->v->l2_tables++;
+        w->v->l2_tables += now == 1;
         r = check_copied(w, entry, offset, "L2 table", i);
         if (r == 0)
             r = walk_l2(w, offset, i);
@@ -377,11 +410,100 @@ static int walk_l1(struct walk *w)
     return 0;
 }
 
+/* ---- snapshots ---- */
+
+/* The next entry after *ret; zeroed, *ret is before the first one. 1: there is one, 0: it makes no sense. */
+static int next_snapshot(const struct qcow2_file *f, const struct header *h, struct entry *ret)
+{
+    uint64_t at = ret->at ? (ret->at + ret->len + 7) / 8 * 8 : h->snapshots_offset;
+    uint8_t b[40 + 16];
+    uint64_t extra;
+    int r = file_read(f, at, b, sizeof(b));
+
+    if (r < 0)
+        return r;
+    extra = load_be32(b + 36);
+    *ret = (struct entry){
+        .at = at,
+        .l1_offset = load_be64(b),
+        .l1_entries = load_be32(b + 8),
+        .disk_size = extra >= 16 ? load_be64(b + 48) : NO_SIZE,
+        .id_len = load_be16(b + 12),
+        .name_len = load_be16(b + 14),
+    };
+    ret->len = 40 + extra + ret->id_len + ret->name_len;
+    if (extra > 1024 || at + ret->len > f->size || ret->l1_entries > ((uint64_t)32 << 20) / 8 ||
+        (h->version > 2 && extra < 16))
+        return 0;
+    return ret->l1_offset % ((uint64_t)1 << h->cluster_bits) == 0;
+}
+
+/* By number, from 1 on. */
+static int find_snapshot(const struct qcow2_file *f, const struct header *h, unsigned number,
+                         struct entry *ret)
+{
+    int r = number && number <= h->snapshot_count ? 1 : -ENOENT;
+
+    *ret = (struct entry){.at = 0};
+    for (unsigned i = 0; i < number && r == 1; i++)
+        r = next_snapshot(f, h, ret);
+    return r == 0 ? -EINVAL : r < 0 ? r : 0;
+}
+
+static int walk_snapshots(struct walk *w)
+{
+    struct entry e = {.at = 0};
+    uint64_t end = w->h.snapshots_offset;
+    int r = 0;
+
+    for (uint32_t i = 0; i < w->h.snapshot_count; i++) {
+        r = next_snapshot(w->f, &w->h, &e);
+        if (r == 0)
+            found(w, QCOW2_ERROR_SNAPSHOT, "snapshot %u at %" PRIx64 " makes no sense", i + 1,
+                  e.at);
+        if (r <= 0)
+            return r;
+        end = e.at + e.len;
+        r = walk_l1(w, i + 2, e.l1_offset, e.l1_entries);
+        if (r < 0)
+            return r;
+    }
+    w->now = 0;
+    if (w->h.snapshot_count)
+        (void)refer(w, w->h.snapshots_offset,
+                    (end - w->h.snapshots_offset + w->cluster - 1) / w->cluster, USE_META,
+                    "table of snapshots", 0);
+    return 0;
+}
+
+int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number, struct qcow2_snapshot_seen *ret)
+{
+    struct qcow2_verdict ignored = {.errors = 0};
+    uint64_t names;
+    struct header h;
+    struct entry e;
+    int r = read_header(f, &h, &ignored);
+
+    memset(ret, 0, sizeof(*ret));
+    if (r == 0)
+        r = find_snapshot(f, &h, number, &e);
+    if (r < 0)
+        return r;
+    ret->disk_size = e.disk_size == NO_SIZE ? h.size : e.disk_size;
+    if (e.id_len >= sizeof(ret->id) || e.name_len >= sizeof(ret->name))
+        return -EINVAL;
+    names = e.at + e.len - e.id_len - e.name_len;
+    r = file_read(f, names, ret->id, e.id_len);
+    return r < 0 ? r : file_read(f, names + e.id_len, ret->name, e.name_len);
+}
+
+/* ---- refcounts ---- */
+
 static int walk_refcount_table(struct walk *w)
 {
     uint64_t entries = w->h.table_clusters * (w->cluster / 8);
 
-    (void)refer(w, w->h.table_offset, w->h.table_clusters, "refcount table", 0);
+    (void)refer(w, w->h.table_offset, w->h.table_clusters, USE_META, "refcount table", 0);
     for (uint64_t i = 0; i < entries; i++) {
         uint64_t entry;
         int r = file_entry(w->f, w->h.table_offset + i * 8, &entry);
@@ -394,7 +516,7 @@ static int walk_refcount_table(struct walk *w)
         if (entry == 0)
             continue;
         w->v->refcount_blocks++;
-        (void)refer(w, entry, 1, "refcount block", i);
+        (void)refer(w, entry, 1, USE_META, "refcount block", i);
     }
     return 0;
 }
@@ -441,7 +563,16 @@ static void describe(struct walk *w)
     w->v->virtual_size = w->h.size;
     w->v->autoclear = w->h.autoclear;
     w->v->l1_entries = w->h.l1_entries;
+    w->v->snapshots = w->h.snapshot_count;
     w->v->refcount_table_clusters = w->h.table_clusters;
+}
+
+static void release(struct walk *w)
+{
+    free(w->references);
+    free(w->walk);
+    free(w->use);
+    free(w->block);
 }
 
 int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
@@ -459,23 +590,25 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
     if (w.clusters > CLUSTERS_MAX)
         return unjudged(ret, EOPNOTSUPP, "%" PRIu64 " clusters are too many", w.clusters);
     w.references = calloc(w.clusters, sizeof(*w.references));
+    w.walk = calloc(w.clusters, sizeof(*w.walk));
+    w.use = calloc(w.clusters, sizeof(*w.use));
     w.block = malloc(w.cluster);
-    if (!w.references || !w.block) {
-        free(w.references);
-        free(w.block);
+    if (!w.references || !w.walk || !w.use || !w.block) {
+        release(&w);
         return -ENOMEM;
     }
     if (w.h.incompatible)
         found(&w, QCOW2_ERROR_DIRTY, "it is marked as dirty or corrupt: %" PRIx64,
               w.h.incompatible);
-    (void)refer(&w, 0, 1, "header", 0);
+    (void)refer(&w, 0, 1, USE_META, "header", 0);
     r = walk_refcount_table(&w);
     if (r == 0)
-        r = walk_l1(&w);
+        r = walk_l1(&w, 1, w.h.l1_offset, w.h.l1_entries);
+    if (r == 0)
+        r = walk_snapshots(&w);
     if (r == 0)
         r = compare_refcounts(&w);
-    free(w.references);
-    free(w.block);
+    release(&w);
     return r;
 }
 
@@ -488,8 +621,11 @@ static int find_cluster(const struct qcow2_file *f, const struct header *h, uint
     uint64_t cluster = (uint64_t)1 << h->cluster_bits;
     uint64_t n = offset / cluster;
     uint64_t entry;
-    int r = file_entry(f, h->l1_offset + n / (cluster / 8) * 8, &entry);
+    int r;
 
+    if (n / (cluster / 8) >= h->l1_entries)
+        return 1;
+    r = file_entry(f, h->l1_offset + n / (cluster / 8) * 8, &entry);
     if (r < 0 || !(entry & L1_OFFSET))
         return r < 0 ? r : 1;
     r = file_entry(f, (entry & L1_OFFSET) + n % (cluster / 8) * 8, &entry);
@@ -528,6 +664,21 @@ static int read_piece(const struct qcow2_layer *layers, const struct header *hea
     return 0;
 }
 
+/* The header as it was then. */
+static int use_snapshot(const struct qcow2_layer *layer, struct header *h)
+{
+    struct entry e;
+    int r = find_snapshot(&layer->file, h, layer->snapshot, &e);
+
+    if (r < 0)
+        return r;
+    h->l1_offset = e.l1_offset;
+    h->l1_entries = e.l1_entries;
+    if (e.disk_size != NO_SIZE)
+        h->size = e.disk_size;
+    return 0;
+}
+
 int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t offset, void *buf,
                      size_t len)
 {
@@ -541,6 +692,8 @@ int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t 
         if (layers[i].raw)
             continue;
         r = read_header(&layers[i].file, &headers[i], &ignored);
+        if (r == 0 && layers[i].snapshot)
+            r = use_snapshot(&layers[i], &headers[i]);
         if (r == 0 && step > (uint64_t)1 << headers[i].cluster_bits)
             step = (uint64_t)1 << headers[i].cluster_bits;
     }

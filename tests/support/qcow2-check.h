@@ -2,8 +2,8 @@
 /*
  * An independent judge of qcow2 images, written from the format's specification alone; it shares no code with the driver.
  *
- * It knows what the driver of this stage may write: versions 2 and 3, standard clusters, zero clusters, backing files. An
- * image with anything else (snapshots, compression, extended L2, data file, encryption, bitmaps) is not judged.
+ * It knows what the driver of this stage may write: versions 2 and 3, standard clusters, zero clusters, backing files, internal
+ * snapshots. An image with anything else (compression, extended L2, data file, encryption, bitmaps) is not judged.
  */
 #ifndef CAIRN_TESTS_QCOW2_CHECK_H
 #define CAIRN_TESTS_QCOW2_CHECK_H
@@ -30,11 +30,13 @@ enum qcow2_error {
     QCOW2_ERROR_USED_TWICE,
     QCOW2_ERROR_MISALIGNED,
     QCOW2_ERROR_BEYOND_END, /* an entry names a cluster that begins at the end of the file or later */
-    QCOW2_ERROR_COPIED,     /* OFLAG_COPIED does not say what the refcount says */
+    QCOW2_ERROR_COPIED,     /* OFLAG_COPIED where the refcount is not 1 */
+    QCOW2_ERROR_NOT_COPIED, /* no OFLAG_COPIED although the refcount is 1: a copy too many, no harm */
     QCOW2_ERROR_NOWHERE,    /* OFLAG_COPIED without a cluster */
     QCOW2_ERROR_RESERVED,   /* a reserved bit is set */
     QCOW2_ERROR_ZERO_V2,    /* the zero flag in version 2, which has none */
     QCOW2_ERROR_DIRTY,      /* the dirty or the corrupt bit is set */
+    QCOW2_ERROR_SNAPSHOT,   /* the table of snapshots, or an entry, makes no sense */
     QCOW2_ERRORS,
 };
 
@@ -51,6 +53,7 @@ struct qcow2_verdict {
     uint64_t virtual_size;
     uint64_t autoclear;
     uint64_t l1_entries;
+    uint64_t snapshots;
     uint64_t refcount_table_clusters;
     uint64_t refcount_blocks;
     uint64_t l2_tables;
@@ -70,6 +73,7 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret);
 struct qcow2_layer {
     struct qcow2_file file;
     bool raw;
+    unsigned snapshot; /* the disk as it was then: 1 is the first in the table; 0: as it is now */
 };
 
 /*
@@ -78,5 +82,16 @@ struct qcow2_layer {
  */
 int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t offset, void *buf,
                      size_t len);
+
+/* A snapshot, by its place in the table from 1 on. */
+struct qcow2_snapshot_seen {
+    char id[32];
+    char name[256];
+    uint64_t disk_size;
+};
+
+/* 0, or as qcow2_check(); -ENOENT: there are not so many. */
+int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number,
+                       struct qcow2_snapshot_seen *ret);
 
 #endif

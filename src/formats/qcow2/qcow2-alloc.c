@@ -354,8 +354,7 @@ int qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t want,
 
 /* ---- compressed bytes ---- */
 
-/* The clusters that no compressed bytes have come to. */
-static void drop_pack(struct qcow2 *q)
+void qcow2_alloc_drop_pack(struct qcow2 *q)
 {
     uint64_t first = align_up(q->alloc.pack, qcow2_cluster_size(q));
 
@@ -371,7 +370,7 @@ static int co_fn new_pack(struct qcow2 *q, const struct request *by)
     struct qcow2_extent got;
     int r = 0;
 
-    drop_pack(q);
+    qcow2_alloc_drop_pack(q);
     while (r == 0 && !take_from_pool(q, PACK_CLUSTERS, &got))
         r = refill(q, by);
     if (r < 0)
@@ -482,7 +481,7 @@ int qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by)
     bool moved = true;
     int r = epoch_co_pass(node_epoch(q->node));
 
-    drop_pack(q);
+    qcow2_alloc_drop_pack(q);
     if (r == 0)
         r = settle_locked(q, by);
     if (r == 0 && a->fresh < a->fresh_end)

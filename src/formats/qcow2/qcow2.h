@@ -10,6 +10,7 @@
  *   qcow2-refcount.c  refcounts on disk
  *   qcow2-flush.c     how changed mappings reach the disk
  *   qcow2-resize.c    the virtual size
+ *   qcow2-snapshot*.c internal snapshots, while nobody else is here
  *   qcow2-header.c, qcow2-create.c, qcow2-format.h   the header, empty images, what is on disk
  *
  * Lock order: a range of `ranges`, map.create, map.load, alloc.lock, flush.lock, then `lock`, which is never held across a wait.
@@ -306,6 +307,8 @@ int co_fn qcow2_alloc_get_row(struct qcow2 *q, const struct request *by, uint64_
 /* So many bytes within clusters that others may share; less than a cluster. Counted before it returns. */
 int co_fn qcow2_alloc_packed(struct qcow2 *q, const struct request *by, size_t len,
                              uint64_t *ret_host);
+/* Those that come next begin in another cluster. Under alloc.lock, or where nothing else is in flight. */
+void qcow2_alloc_drop_pack(struct qcow2 *q);
 /* Back to the pool: what nothing ever pointed to. */
 void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count);
 /* Under qcow2.lock: what mappings in memory do not point to any more. */

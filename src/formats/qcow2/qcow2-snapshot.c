@@ -1,0 +1,682 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Internal snapshots: made, applied, deleted, of an image that nobody else uses.
+ *
+ * All of it works on the tables as they are on disk: what is in memory was flushed before, and is forgotten. References are counted
+ * in memory first, so that what cannot be done is refused before anything is written.
+ *
+ * SNAP-1 Everything that a request changed is on the disk before the first write, and cached mappings are forgotten.
+ * SNAP-2 COPIED flags are cleared, durably, before refcounts rise: a flag that is missing costs a copy, one too many costs data.
+ * SNAP-3 Refcounts are raised, and new tables written, durably, before the header points to what needs them.
+ * SNAP-4 The header changes in one write within one sector: from one sound image to another.
+ * SNAP-5 Refcounts fall after the header has changed durably; flags are set after that is durable.
+ * SNAP-6 An entry of the table is kept byte by byte, also what we do not know of it.
+ */
+#include "base/alloc.h"
+#include "base/atomic.h"
+#include "base/checked.h"
+#include "base/endian.h"
+#include "base/log.h"
+#include "base/macros.h"
+#include "formats/qcow2/qcow2-header.h"
+#include "formats/qcow2/qcow2-snapshot-internal.h"
+#include "graph/backend.h"
+#include "graph/gate.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* In an entry of the table. */
+#define AT_L1_OFFSET     0
+#define AT_L1_SIZE       8
+#define AT_ID_LEN        12
+#define AT_NAME_LEN      14
+#define AT_DATE_S        16
+#define AT_DATE_NS       20
+#define AT_VM_STATE_SIZE 32
+#define AT_EXTRA_LEN     36
+/* In the extra data. */
+#define AT_LARGE_VM_STATE_SIZE 0
+#define AT_DISK_SIZE           8
+#define EXTRA_LEN              24 /* that we write: the third is a count of instructions, 0 */
+#define EXTRA_MAX              1024
+#define ID_LEN_MAX             20 /* of a number */
+
+#define READ_AHEAD ((size_t)64 << 10)
+#define MEMORY_MAX (4 * GIB) /* for counting */
+
+extern const struct driver qcow2_driver;
+
+/* ---- the snapshot table ---- */
+
+int qcow2_snapshot_parse(const uint8_t *table, size_t len, size_t at, struct qcow2_snapshot *ret)
+{
+    const uint8_t *e = table + at;
+    const uint8_t *extra = e + QCOW2_SNAPSHOT_LEN_MIN;
+    uint32_t extra_len;
+
+    *ret = (struct qcow2_snapshot){.at = at, .len = QCOW2_SNAPSHOT_LEN_MIN};
+    if (!range_within(at, ret->len, len))
+        return -ERANGE;
+    extra_len = load_be32(e + AT_EXTRA_LEN);
+    if (extra_len > EXTRA_MAX)
+        return -EINVAL;
+    ret->id_len = load_be16(e + AT_ID_LEN);
+    ret->name_len = load_be16(e + AT_NAME_LEN);
+    ret->len += extra_len + ret->id_len + ret->name_len;
+    if (!range_within(at, ret->len, len))
+        return -ERANGE;
+    ret->l1_offset = load_be64(e + AT_L1_OFFSET);
+    ret->l1_size = load_be32(e + AT_L1_SIZE);
+    ret->id = (const char *)extra + extra_len;
+    ret->name = ret->id + ret->id_len;
+    ret->vm_state_size = load_be32(e + AT_VM_STATE_SIZE);
+    if (extra_len >= AT_LARGE_VM_STATE_SIZE + 8)
+        ret->vm_state_size = load_be64(extra + AT_LARGE_VM_STATE_SIZE);
+    ret->has_disk_size = extra_len >= AT_DISK_SIZE + 8;
+    if (ret->has_disk_size)
+        ret->disk_size = load_be64(extra + AT_DISK_SIZE);
+    return 0;
+}
+
+/* At least `len` bytes of the table are in memory. */
+static int co_fn need_table(struct snap *s, size_t len)
+{
+    uint64_t size = node_size(edge_node(s->q->file));
+    uint64_t left = size - MIN(size, s->table_offset);
+    uint8_t *bytes;
+    size_t max;
+    int r;
+
+    if (len > left || len > QCOW2_SNAPSHOTS_BYTES_MAX)
+        return -EINVAL;
+    max = (size_t)MIN(left, (uint64_t)MAX(len, s->table_max * 2 + READ_AHEAD));
+    bytes = realloc(s->table, max);
+    if (!bytes)
+        return -ENOMEM;
+    s->table = bytes;
+    r = snap_read_flat(s, s->table_offset + s->table_max, bytes + s->table_max, max - s->table_max);
+    if (r == 0)
+        s->table_max = max;
+    return r;
+}
+
+static int co_fn read_entry(struct snap *s, size_t at, struct qcow2_snapshot *ret)
+{
+    int r;
+
+    while ((r = qcow2_snapshot_parse(s->table, s->table_max, at, ret)) == -ERANGE) {
+        r = need_table(s, at + ret->len);
+        if (r < 0)
+            return r;
+    }
+    return r;
+}
+
+static int co_fn read_entries(struct snap *s)
+{
+    size_t at = 0;
+
+    for (uint32_t i = 0; i < s->count; i++) {
+        int r = read_entry(s, at, &s->v[i]);
+
+        if (r == -EINVAL)
+            return error_set(s->err, EIO,
+                             "entry %" PRIu32 " of the snapshot table is damaged: check the image",
+                             i);
+        if (r < 0)
+            return snap_failed(s, r, "read the snapshot table");
+        s->table_len = at + s->v[i].len;
+        at = (size_t)align_up(s->table_len, 8);
+    }
+    at = 0;
+    for (uint32_t i = 0; i < s->count; i++) { /* the memory may have moved */
+        (void)qcow2_snapshot_parse(s->table, s->table_max, at, &s->v[i]);
+        at = (size_t)align_up(at + s->v[i].len, 8);
+    }
+    return 0;
+}
+
+static int co_fn read_table(struct snap *s)
+{
+    int r = snap_read_flat(s, 0, s->header, sizeof(s->header));
+
+    if (r < 0)
+        return snap_failed(s, r, "read the header");
+    s->count = load_be32(s->header + QCOW2_OFFSET_SNAPSHOT_COUNT);
+    s->table_offset = load_be64(s->header + QCOW2_OFFSET_SNAPSHOTS_OFFSET);
+    if (s->count > QCOW2_SNAPSHOTS_MAX)
+        return error_set(s->err, EIO, "the header has %" PRIu32 " snapshots, %d are allowed",
+                         s->count, QCOW2_SNAPSHOTS_MAX);
+    s->v = try_new_n(struct qcow2_snapshot, (size_t)s->count + 1);
+    return s->v ? read_entries(s) : snap_failed(s, -ENOMEM, "read the snapshot table");
+}
+
+static bool is_text(const char *bytes, size_t len, const char *text)
+{
+    return strlen(text) == len && memcmp(bytes, text, len) == 0;
+}
+
+static const struct qcow2_snapshot *find_name(const struct snap *s, const char *name)
+{
+    for (uint32_t i = 0; i < s->count; i++) {
+        if (is_text(s->v[i].name, s->v[i].name_len, name))
+            return &s->v[i];
+    }
+    return NULL;
+}
+
+static const struct qcow2_snapshot *find_id(const struct snap *s, const char *id)
+{
+    for (uint32_t i = 0; i < s->count; i++) {
+        if (is_text(s->v[i].id, s->v[i].id_len, id))
+            return &s->v[i];
+    }
+    return NULL;
+}
+
+/* One more than the largest number that is an ID. */
+static uint64_t new_id(const struct snap *s)
+{
+    uint64_t max = 0;
+
+    for (uint32_t i = 0; i < s->count; i++) {
+        uint64_t id = 0;
+
+        for (size_t k = 0; k < s->v[i].id_len && s->v[i].id[k] >= '0' && s->v[i].id[k] <= '9'; k++)
+            id = MIN(id * 10 + (uint64_t)(s->v[i].id[k] - '0'), (uint64_t)1 << 32);
+        max = MAX(max, id);
+    }
+    return max + 1;
+}
+
+/* ---- what is in memory of the mappings ---- */
+
+static void free_slices(struct list *l)
+{
+    struct qcow2_slice *s;
+
+    while ((s = list_first(l, struct qcow2_slice, link))) {
+        list_remove(&s->link);
+        free(s);
+    }
+}
+
+/* SNAP-1. Nobody is inside the epoch, and nothing is dirty. */
+static void forget_slices(struct qcow2 *q)
+{
+    struct qcow2_map *map = &q->map;
+
+    for (uint64_t i = 0; i < map->slice_count; i++)
+        atomic_set(&map->slices[i], NULL);
+    free_slices(&map->clean);
+    free_slices(&map->limbo);
+    map->cached = 0;
+    tiny_lock_acquire(&q->lock);
+    qcow2_plain_forget_locked(q);
+    tiny_lock_release(&q->lock);
+}
+
+static int co_fn quiesce(struct snap *s)
+{
+    struct qcow2 *q = s->q;
+    struct request flush = request_for(s->by, REQUEST_FLUSH, 0, 0);
+    int r = qcow2_co_flush(q->node, &flush);
+
+    if (r == 0)
+        r = epoch_co_pass(node_epoch(q->node));
+    if (r == 0)
+        r = qcow2_alloc_settle(q, s->by);
+    if (r < 0)
+        return snap_failed(s, r, "flush the image");
+    qcow2_alloc_drop_pack(q);
+    forget_slices(q);
+    return 0;
+}
+
+/* Memory for an L1 table of another size. */
+struct room {
+    uint64_t *l1;
+    uint64_t *l1_dirty;
+    struct qcow2_slice **slices;
+    bool *used;
+};
+
+static bool room_make(const struct qcow2 *q, struct room *room, uint64_t entries)
+{
+    size_t slices = (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1;
+
+    room->l1 = try_new_n(uint64_t, (size_t)entries + 1);
+    room->l1_dirty =
+        try_new_n(uint64_t, (size_t)entries / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN) / 64 + 2);
+    room->slices = try_new_n(struct qcow2_slice *, slices);
+    room->used = try_new_n(bool, slices);
+    return room->l1 && room->l1_dirty && room->slices && room->used;
+}
+
+static void room_release(struct room *room)
+{
+    free(room->l1);
+    free(room->l1_dirty);
+    free(room->slices);
+    free(room->used);
+}
+
+/* What was there is in the room afterwards. */
+static void room_use(struct qcow2 *q, struct room *room, uint32_t entries, uint64_t offset)
+{
+    struct room old = {q->map.l1, q->map.l1_dirty, q->map.slices, q->map.used};
+
+    q->map.l1 = room->l1;
+    q->map.l1_dirty = room->l1_dirty;
+    q->map.slices = room->slices;
+    q->map.used = room->used;
+    q->map.l1_size = entries;
+    q->map.l1_offset = offset;
+    q->map.slice_count = (uint64_t)entries << (q->l2_bits - q->slice_bits);
+    *room = old;
+}
+
+/* ---- the header ---- */
+
+static int co_fn put_header(struct snap *s, const uint8_t *header, size_t from, size_t to)
+{
+    int r = snap_write_flat(s, from, header + from, to - from);
+
+    return r < 0 ? r : qcow2_sync(s->q, s->by);
+}
+
+/* SNAP-4. D3: what failed may have happened all the same, so the old one is written again. */
+static int co_fn change_header(struct snap *s, const uint8_t *header, size_t from, size_t to)
+{
+    int r = put_header(s, header, from, to);
+
+    if (r == 0)
+        return 0;
+    if (put_header(s, s->header, from, to) < 0) {
+        atomic_set(&s->q->needs_reopen, true);
+        return error_set(s->err, -r,
+                         "cannot write the header: %s; it may have changed or not: check the image",
+                         strerror(-r));
+    }
+    return snap_failed(s, r, "write the header");
+}
+
+static uint64_t clusters_of(const struct snap *s, uint64_t bytes)
+{
+    return align_up(bytes, qcow2_cluster_size(s->q)) >> s->q->cluster_bits;
+}
+
+/* Clusters in a row; none for no bytes. One alone is taken where there is a free one. Counted when the next flush is done. */
+static int co_fn alloc_row(struct snap *s, uint64_t bytes, struct qcow2_extent *ret)
+{
+    uint64_t count = clusters_of(s, bytes);
+    int r = 0;
+
+    *ret = (struct qcow2_extent){.count = 0};
+    if (count == 1)
+        r = qcow2_alloc_get(s->q, s->by, 1, ret);
+    else if (count)
+        r = qcow2_alloc_get_row(s->q, s->by, count, ret);
+    return snap_failed(s, r, "find room for tables");
+}
+
+/* Nothing points there: but after a header that we are not sure of. */
+static void put_row(struct snap *s, const struct qcow2_extent *row)
+{
+    if (row->count && !atomic_get(&s->q->needs_reopen))
+        qcow2_alloc_put(s->q, row->host_offset, row->count);
+}
+
+/* The header points to another table of snapshots, which is durable. */
+static int co_fn change_table(struct snap *s, uint32_t count, uint64_t offset)
+{
+    struct qcow2_extent old = {.host_offset = s->table_offset,
+                               .count = clusters_of(s, s->table_len)};
+    uint8_t header[QCOW2_HEADER_LENGTH_V2];
+    int r;
+
+    memcpy(header, s->header, sizeof(header));
+    store_be32(header + QCOW2_OFFSET_SNAPSHOT_COUNT, count);
+    store_be64(header + QCOW2_OFFSET_SNAPSHOTS_OFFSET, offset);
+    r = change_header(s, header, QCOW2_OFFSET_SNAPSHOT_COUNT, QCOW2_OFFSET_SNAPSHOTS_OFFSET + 8);
+    if (r == 0)
+        put_row(s, &old);
+    return r;
+}
+
+/* ---- creating ---- */
+
+/* The entry of a new one; the caller's to free. */
+static uint8_t *make_entry(const struct snap *s, const struct qcow2_snapshot_new *how,
+                           uint64_t l1_offset, size_t *ret_len)
+{
+    AUTO(free_ptr) char *id = xasprintf("%" PRIu64, new_id(s));
+    size_t id_len = strlen(id);
+    size_t name_len = strlen(how->name);
+    uint8_t *e;
+
+    *ret_len = QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN + id_len + name_len;
+    e = xalloc(1, *ret_len);
+    store_be64(e + AT_L1_OFFSET, l1_offset);
+    store_be32(e + AT_L1_SIZE, s->q->map.l1_size);
+    store_be16(e + AT_ID_LEN, (uint16_t)id_len);
+    store_be16(e + AT_NAME_LEN, (uint16_t)name_len);
+    store_be32(e + AT_DATE_S, how->date_s);
+    store_be32(e + AT_DATE_NS, how->date_ns);
+    store_be32(e + AT_EXTRA_LEN, EXTRA_LEN);
+    store_be64(e + QCOW2_SNAPSHOT_LEN_MIN + AT_DISK_SIZE, node_size(s->q->node));
+    memcpy(e + QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN, id, id_len);
+    memcpy(e + QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN + id_len, how->name, name_len);
+    return e;
+}
+
+/* Where the tables of a new one lie. */
+struct new_tables {
+    struct qcow2_extent l1;
+    struct qcow2_extent table;
+};
+
+static int co_fn write_new(struct snap *s, const struct qcow2_snapshot_new *how,
+                           const struct new_tables *t)
+{
+    size_t len;
+    AUTO(free_ptr) uint8_t *entry = make_entry(s, how, t->l1.host_offset, &len);
+    uint64_t offset = t->table.host_offset;
+    int r = snap_write_l1(s, snap_active_l1(s->q), t->l1.host_offset, false);
+
+    if (r == 0)
+        r = snap_failed(s, snap_write_flat(s, offset, s->table, s->table_len), "write the table");
+    if (r == 0)
+        r = snap_failed(s, snap_write_flat(s, offset + align_up(s->table_len, 8), entry, len),
+                        "write the table");
+    return r;
+}
+
+static int co_fn create_in(struct snap *s, const struct qcow2_snapshot_new *how,
+                           const struct qcow2_counts *uses, const struct new_tables *t)
+{
+    int r = write_new(s, how, t);
+
+    if (r == 0)
+        r = snap_clear_active_flags(s);
+    if (r == 0)
+        r = snap_change_counts(s, uses, SNAP_RAISE, false); /* SNAP-3 */
+    return r == 0 ? change_table(s, s->count + 1, t->table.host_offset) : r;
+}
+
+static int co_fn create_counted(struct snap *s, const struct qcow2_snapshot_new *how,
+                                const struct qcow2_counts *uses)
+{
+    uint64_t bytes = align_up(s->table_len, 8) + QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN + ID_LEN_MAX +
+                     strlen(how->name);
+    struct new_tables t = {.l1.count = 0};
+    int r;
+
+    if (bytes > QCOW2_SNAPSHOTS_BYTES_MAX)
+        return error_set(s->err, EFBIG, "the table of snapshots is full");
+    r = snap_change_counts(s, uses, SNAP_RAISE, true);
+    if (r == 0)
+        r = alloc_row(s, (uint64_t)s->q->map.l1_size * QCOW2_ENTRY_LEN, &t.l1);
+    if (r == 0)
+        r = alloc_row(s, bytes, &t.table);
+    if (r == 0)
+        r = create_in(s, how, uses, &t);
+    if (r < 0) {
+        put_row(s, &t.l1);
+        put_row(s, &t.table);
+    }
+    return r;
+}
+
+static int co_fn create(struct snap *s, const struct qcow2_snapshot_new *how)
+{
+    struct qcow2_counts uses = {.memory_max = MEMORY_MAX};
+    int r;
+
+    if (strlen(how->name) > QCOW2_SNAPSHOT_NAME_MAX)
+        return error_set(s->err, EINVAL, "the name has %zu bytes, %d are allowed",
+                         strlen(how->name), QCOW2_SNAPSHOT_NAME_MAX);
+    if (s->count == QCOW2_SNAPSHOTS_MAX)
+        return error_set(s->err, EFBIG, "the image has %d snapshots, and can have no more",
+                         QCOW2_SNAPSHOTS_MAX);
+    r = snap_tally_l1(s, &uses, snap_active_l1(s->q));
+    if (r == 0)
+        r = create_counted(s, how, &uses);
+    qcow2_counts_release(&uses);
+    return r;
+}
+
+/* ---- deleting ---- */
+
+/* The table without one of them. */
+static int co_fn write_without(struct snap *s, const struct qcow2_snapshot *gone,
+                               struct qcow2_extent *ret)
+{
+    size_t after = (size_t)align_up(gone->at + gone->len, 8);
+    size_t rest = s->table_len > after ? s->table_len - after : 0;
+    int r = alloc_row(s, gone->at + rest, ret);
+
+    if (r < 0 || !ret->count)
+        return r;
+    r = snap_write_flat(s, ret->host_offset, s->table, gone->at);
+    if (r == 0)
+        r = snap_write_flat(s, ret->host_offset + gone->at, s->table + after, rest);
+    if (r == 0)
+        r = qcow2_sync(s->q, s->by);
+    return snap_failed(s, r, "write the table");
+}
+
+static int co_fn delete_counted(struct snap *s, const struct qcow2_snapshot *gone,
+                                const struct qcow2_counts *uses)
+{
+    struct qcow2_extent row = {.count = 0};
+    int r = snap_change_counts(s, uses, SNAP_LOWER, true);
+
+    if (r == 0)
+        r = write_without(s, gone, &row);
+    if (r == 0)
+        r = change_table(s, s->count - 1, row.count ? row.host_offset : 0);
+    if (r < 0) {
+        put_row(s, &row);
+        return r;
+    }
+    r = snap_change_counts(s, uses, SNAP_LOWER, false); /* SNAP-5 */
+    if (r == 0)
+        snap_give_back_free(s, uses);
+    if (r == 0)
+        r = snap_set_active_flags(s);
+    return r < 0 ? error_wrap(s->err, r, "the snapshot is deleted, but its space leaks") : 0;
+}
+
+static int co_fn delete_named(struct snap *s, const char *name)
+{
+    struct qcow2_counts uses = {.memory_max = MEMORY_MAX};
+    const struct qcow2_snapshot *gone = find_name(s, name);
+    struct snap_l1 l1 = {.v = NULL};
+    int r;
+
+    if (!gone)
+        return error_set(s->err, ENOENT, "snapshot not found");
+    r = snap_read_l1(s, gone, gone->l1_size, &l1);
+    if (r == 0)
+        r = snap_tally_l1(s, &uses, l1);
+    if (r == 0 && gone->l1_size)
+        r = snap_tally(s, &uses, gone->l1_offset, (uint64_t)gone->l1_size * QCOW2_ENTRY_LEN);
+    if (r == 0)
+        r = delete_counted(s, gone, &uses);
+    free(l1.v);
+    qcow2_counts_release(&uses);
+    return r;
+}
+
+/* ---- applying ---- */
+
+struct application {
+    struct snap_l1 l1; /* that will be the active one */
+    uint64_t size;
+    struct room room;
+    struct qcow2_counts more;
+    struct qcow2_counts less;
+};
+
+/* From one disk to the other: size and L1 table are one write. */
+static int co_fn point_to_l1(struct snap *s, const struct application *a, uint64_t l1_offset)
+{
+    uint8_t header[QCOW2_HEADER_LENGTH_V2];
+
+    memcpy(header, s->header, sizeof(header));
+    store_be64(header + QCOW2_OFFSET_SIZE, a->size);
+    store_be32(header + QCOW2_OFFSET_L1_SIZE, a->l1.count);
+    store_be64(header + QCOW2_OFFSET_L1_OFFSET, l1_offset);
+    return change_header(s, header, QCOW2_OFFSET_SIZE, QCOW2_OFFSET_L1_OFFSET + 8);
+}
+
+static int co_fn write_applied(struct snap *s, struct application *a, uint64_t l1_offset)
+{
+    int r = snap_write_l1(s, a->l1, l1_offset, false);
+
+    if (r == 0)
+        r = snap_visit_tables(s, a->l1, snap_clear_in_l2,
+                              NULL); /* SNAP-2: what others may have left set */
+    if (r == 0)
+        r = snap_failed(s, qcow2_sync(s->q, s->by), "flush the image");
+    if (r == 0)
+        r = snap_change_counts(s, &a->more, SNAP_RAISE, false);
+    return r == 0 ? point_to_l1(s, a, l1_offset) : r;
+}
+
+static int co_fn apply_counted(struct snap *s, struct application *a)
+{
+    struct qcow2_extent row;
+    int r = snap_change_counts(s, &a->more, SNAP_RAISE, true);
+
+    if (r == 0)
+        r = snap_change_counts(s, &a->less, SNAP_LOWER, true);
+    if (r == 0 && !room_make(s->q, &a->room, a->l1.count))
+        r = snap_failed(s, -ENOMEM, "make tables");
+    if (r == 0)
+        r = alloc_row(s, MAX((uint64_t)a->l1.count * QCOW2_ENTRY_LEN, (uint64_t)1), &row);
+    if (r < 0)
+        return r;
+    r = write_applied(s, a, row.host_offset);
+    if (r < 0) {
+        put_row(s, &row);
+        return r;
+    }
+    memcpy(a->room.l1, a->l1.v, (size_t)a->l1.count * sizeof(*a->l1.v));
+    room_use(s->q, &a->room, a->l1.count, row.host_offset);
+    node_set_size(s->q->node, a->size);
+    r = snap_change_counts(s, &a->less, SNAP_LOWER, false); /* SNAP-5; nothing new is used once */
+    if (r == 0)
+        snap_give_back_free(s, &a->less);
+    return r < 0 ? error_wrap(s->err, r, "the snapshot is applied, but space leaks") : 0;
+}
+
+static int co_fn prepare_application(struct snap *s, const struct qcow2_snapshot *sn,
+                                     struct application *a)
+{
+    uint64_t l1_bytes = (uint64_t)s->q->map.l1_size * QCOW2_ENTRY_LEN;
+    uint64_t entries;
+    int r;
+
+    a->size = sn->has_disk_size ? sn->disk_size : node_size(s->q->node);
+    entries = qcow2_l1_entries_needed(a->size, s->q->cluster_bits, false);
+    if (a->size > INT64_MAX || entries * QCOW2_ENTRY_LEN > QCOW2_L1_BYTES_MAX)
+        return snap_damaged(s, "a snapshot's disk cannot be as large as", a->size);
+    r = snap_read_l1(s, sn, (uint32_t)entries, &a->l1); /* the state of a machine lies beyond */
+    if (r == 0)
+        r = snap_tally_l1(s, &a->more, a->l1);
+    if (r == 0)
+        r = snap_tally_l1(s, &a->less, snap_active_l1(s->q));
+    if (r == 0 && l1_bytes)
+        r = snap_tally(s, &a->less, s->q->map.l1_offset, l1_bytes);
+    return r;
+}
+
+static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_state)
+{
+    struct application a = {.more = {.memory_max = MEMORY_MAX / 2},
+                            .less = {.memory_max = MEMORY_MAX / 2}};
+    const struct qcow2_snapshot *sn = find_id(s, id_or_name);
+    int r;
+
+    if (!sn)
+        sn = find_name(s, id_or_name);
+    if (!sn)
+        return error_set(s->err, ENOENT, "there is no snapshot with this ID or name");
+    *ret_vm_state = sn->vm_state_size;
+    r = prepare_application(s, sn, &a);
+    if (r == 0)
+        r = apply_counted(s, &a);
+    room_release(&a.room);
+    free(a.l1.v);
+    qcow2_counts_release(&a.more);
+    qcow2_counts_release(&a.less);
+    return r;
+}
+
+/* ---- what all of them have in common ---- */
+
+static int co_fn begin(struct snap *s, struct backend *b)
+{
+    struct node *node = backend_node(b);
+    int r;
+
+    if (node_driver(node) != &qcow2_driver)
+        return error_set(s->err, ENOTSUP, "images of this format have no snapshots");
+    s->q = node_state(node);
+    if (!s->q->writable)
+        return error_set(s->err, EROFS, "the image is open for reading only");
+    r = quiesce(s);
+    return r < 0 ? r : read_table(s);
+}
+
+static void end(struct snap *s)
+{
+    free(s->table);
+    free(s->v);
+}
+
+int qcow2_co_snapshot_create(struct backend *b, const struct qcow2_snapshot_new *how,
+                             struct error **err)
+{
+    struct pass pass = {0};
+    struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
+    struct snap s = {.by = &by, .err = err};
+    int r = begin(&s, b);
+
+    if (r == 0)
+        r = create(&s, how);
+    end(&s);
+    return r;
+}
+
+int qcow2_co_snapshot_apply(struct backend *b, const char *id_or_name, bool *ret_vm_state,
+                            struct error **err)
+{
+    struct pass pass = {0};
+    struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
+    struct snap s = {.by = &by, .err = err};
+    int r = begin(&s, b);
+
+    if (r == 0)
+        r = apply(&s, id_or_name, ret_vm_state);
+    end(&s);
+    return r;
+}
+
+int qcow2_co_snapshot_delete(struct backend *b, const char *name, struct error **err)
+{
+    struct pass pass = {0};
+    struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
+    struct snap s = {.by = &by, .err = err};
+    int r = begin(&s, b);
+
+    if (r == 0)
+        r = delete_named(&s, name);
+    end(&s);
+    return r;
+}
