@@ -16,6 +16,9 @@
 
 #define SOURCES_MAX 256
 
+/* Less is not worth a thread. */
+#define SMALL ((uint64_t)8 << 20)
+
 struct convert {
     struct image_spec source; /* of each one, without its name */
     char **names;
@@ -136,6 +139,12 @@ static bool is_device(const struct image *image)
     return image->layers[0].path && stat(image->layers[0].path, &st) == 0 && !S_ISREG(st.st_mode);
 }
 
+/* A raw file that has as much space as it is long. */
+static bool is_full(const struct image_layer *top)
+{
+    return strcmp(top->format, "raw") == 0 && top->disk_bytes >= top->file_size;
+}
+
 static int co_fn control_fn copy(struct convert *c, struct error **err)
 {
     struct image_copy_source *from = xnew_n(struct image_copy_source, c->count);
@@ -158,6 +167,7 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         .workers = (unsigned)c->workers,
         .rate = c->rate,
         .progress = &progress,
+        .beside = c->total > SMALL ? tool_co_second_loop() : NULL,
     };
     uint64_t at = 0;
     int r;
@@ -166,7 +176,11 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         copy.unit = 512;
     for (size_t i = 0; i < c->count; i++) {
         from[i] = (struct image_copy_source){
-            .backend = c->sources[i].backend, .begin = at, .size = image_size(&c->sources[i])};
+            .backend = c->sources[i].backend,
+            .begin = at,
+            .size = image_size(&c->sources[i]),
+            .is_full = is_full(&c->sources[i].layers[0]),
+        };
         at += from[i].size;
     }
     tool_progress_begin(&progress, c->progress, c->total);

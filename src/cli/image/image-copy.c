@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Workers, each of which takes the next piece, reads it, waits for its turn if the order matters, and writes what is not zero. */
 #include "cli/image/image-copy.h"
+#include "base/atomic.h"
 #include "base/checked.h"
 #include "base/macros.h"
 #include "loop/iobuf.h"
@@ -11,7 +12,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-#define CHUNK  ((uint64_t)1 << 20)
+#define CHUNK  ((uint64_t)256 << 10)
 #define SECTOR 512
 
 /* How often a wait looks for signals. */
@@ -35,14 +36,24 @@ bool image_is_zero(const void *data, size_t len)
     return !len || (b[0] == 0 && memcmp(b, b + 1, len - 1) == 0);
 }
 
+/* The first error is the one to tell. Takes it. */
+static int stop(struct image_copy *c, int r, struct error **err)
+{
+    int nothing = 0;
+
+    if (atomic_cas(&c->result, &nothing, r))
+        error_move(&c->error, err);
+    else
+        error_free(err);
+    return r;
+}
+
 static int fail(struct image_copy *c, int r, const char *what, uint64_t at)
 {
-    if (c->result == 0) {
-        c->result = r;
-        (void)error_set(&c->error, -r, "error while %s at byte %" PRIu64 ": %s", what, at,
-                        strerror(-r));
-    }
-    return r;
+    struct error *err = NULL;
+
+    (void)error_set(&err, -r, "error while %s at byte %" PRIu64 ": %s", what, at, strerror(-r));
+    return stop(c, r, &err);
 }
 
 /* ---- what is to be done next ---- */
@@ -65,6 +76,11 @@ static int co_fn take_from(struct image_copy *c, const struct image_copy_source 
     *piece = (struct piece){.kind = PIECE_ZERO, .source = s, .at = c->at, .len = s->size - offset};
     if (s->from + offset >= backend_size(s->backend))
         return 0;
+    if (s->is_full) { /* a host may walk the whole file to find that there is no hole */
+        piece->kind = PIECE_DATA;
+        piece->len = MIN(piece->len, backend_size(s->backend) - s->from - offset);
+        return 0;
+    }
     c->walk.backend = s->backend;
     r = extent_walk_at(&c->walk, s->from + offset, s->size - offset, &e);
     if (r < 0 && !c->salvage)
@@ -106,7 +122,9 @@ static int co_fn claim(struct image_copy *c, struct piece *piece)
     int r;
 
     co_mutex_lock(&c->claim);
-    r = c->result ? c->result : claim_locked(c, piece);
+    r = atomic_get(&c->result);
+    if (r == 0)
+        r = claim_locked(c, piece);
     co_mutex_unlock(&c->claim);
     return r;
 }
@@ -188,18 +206,23 @@ static int co_fn write_data(struct image_copy *c, const struct piece *p, struct 
 
 static int co_fn wait_for_turn(struct image_copy *c, const struct piece *p)
 {
-    while (c->in_order && c->ended != p->number && !c->result) {
+    int r = 0;
+
+    while (r == 0 && c->in_order) {
         tiny_lock_acquire(&c->lock);
-        if (wait_queue_wait(&c->turn, &c->lock, LOOP_FOREVER) < 0)
-            return -ECANCELED;
+        if (c->ended == p->number || atomic_get(&c->result)) {
+            tiny_lock_release(&c->lock);
+            break;
+        }
+        r = wait_queue_wait(&c->turn, &c->lock, LOOP_FOREVER); /* lets go of the lock */
     }
-    return c->result;
+    return r < 0 ? r : atomic_get(&c->result);
 }
 
 static void end_turn(struct image_copy *c)
 {
-    c->ended++;
     tiny_lock_acquire(&c->lock);
+    c->ended++;
     wait_queue_wake_all(&c->turn);
     tiny_lock_release(&c->lock);
 }
@@ -210,11 +233,12 @@ static int co_fn keep_rate(struct image_copy *c, uint64_t bytes)
     uint64_t until;
     int r = 0;
 
-    c->data_done += bytes;
+    uint64_t done = atomic_add(&c->data_done, bytes) + bytes;
+
     if (!c->rate)
         return 0;
-    until = c->started_ns + (uint64_t)((double)c->data_done / (double)c->rate * (double)NS_PER_S);
-    while (r == 0 && c->result == 0 && !cli_interrupted() && loop_clock() < until)
+    until = c->started_ns + (uint64_t)((double)done / (double)c->rate * (double)NS_PER_S);
+    while (r == 0 && atomic_get(&c->result) == 0 && !cli_interrupted() && loop_clock() < until)
         r = co_sleep_until(MIN(until, loop_clock() + LOOK_NS));
     return r;
 }
@@ -239,22 +263,61 @@ static void co_fn work(void *arg)
 {
     struct image_copy *c = arg;
     struct iobuf *buf = iobuf_new(MAX(CHUNK, align_up(c->sparse, CHUNK)));
-    int r = buf ? 0 : -ENOMEM;
+    struct error *err = NULL;
+    int r = buf ? 0 : stop(c, error_set(&err, ENOMEM, "no memory"), &err);
 
     while (r == 0) {
         struct piece piece = {.source = c->sources};
 
-        if (cli_interrupted() && c->result == 0)
-            c->result = cli_interrupted_error(&c->error);
+        if (cli_interrupted()) {
+            (void)stop(c, cli_interrupted_error(&err), &err);
+            break;
+        }
         r = claim(c, &piece);
         if (r <= 0)
             break;
         r = copy_piece(c, &piece, buf);
-        c->progress->done += piece.len;
+        (void)atomic_add(&c->progress->done, piece.len);
     }
     iobuf_unref(buf);
-    if (r < 0 && c->result == 0)
-        c->result = error_set(&c->error, -r, "%s", strerror(-r));
+    if (r < 0)
+        (void)stop(c, error_set(&err, -r, "%s", strerror(-r)), &err);
+}
+
+static void co_fn run_workers(struct image_copy *c, unsigned count)
+{
+    struct co_scope scope;
+
+    co_scope_init(&scope);
+    for (unsigned i = 0; i < count; i++) {
+        int r = co_scope_start(&scope, work, c);
+
+        if (r < 0)
+            (void)fail(c, r, "starting", 0);
+    }
+    co_scope_join(&scope);
+}
+
+static void co_fn work_beside(void *arg)
+{
+    struct image_copy *c = arg;
+    int r = backend_attach(c->target);
+
+    for (size_t i = 0; r == 0 && i < c->source_count; i++)
+        r = backend_attach(c->sources[i].backend);
+    if (r < 0)
+        (void)fail(c, r, "starting", 0);
+    else
+        run_workers(c, c->workers / 2);
+}
+
+static void co_fn call_beside(void *arg)
+{
+    struct image_copy *c = arg;
+    int r = loop_co_call(c->beside, work_beside, c);
+
+    if (r < 0)
+        (void)fail(c, r, "starting", 0);
 }
 
 int image_co_copy(struct image_copy *c, struct error **err)
@@ -265,12 +328,10 @@ int image_co_copy(struct image_copy *c, struct error **err)
     co_mutex_init(&c->claim);
     wait_queue_init(&c->turn);
     co_scope_init(&scope);
-    for (unsigned i = 0; i < c->workers && c->result == 0; i++) {
-        int r = co_scope_start(&scope, work, c);
-
-        if (r < 0 && c->result == 0)
-            c->result = error_set(&c->error, -r, "%s", strerror(-r));
-    }
+    if (!c->beside || c->workers < 2 || co_scope_start(&scope, call_beside, c) < 0)
+        run_workers(c, c->workers);
+    else
+        run_workers(c, c->workers - c->workers / 2);
     co_scope_join(&scope);
     if (c->result < 0) {
         error_move(err, &c->error);

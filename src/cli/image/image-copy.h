@@ -13,6 +13,7 @@
 #include "cli/image/image.h"
 #include "cli/image/tool.h"
 #include "loop/lock.h"
+#include "loop/loop.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -25,6 +26,7 @@ struct image_copy_source {
     uint64_t from;  /* where in it the copy begins */
     uint64_t begin; /* of the target, where it goes */
     uint64_t size;
+    bool is_full; /* nothing of it is a hole, so that nobody needs to ask */
 };
 
 struct image_copy {
@@ -43,21 +45,24 @@ struct image_copy {
     bool salvage;      /* what cannot be read becomes zeroes */
     bool writethrough; /* each write is durable */
     unsigned workers;
-    uint64_t rate; /* bytes per second; 0: no limit */
-    struct tool_progress *progress;
+    uint64_t rate;                  /* bytes per second; 0: no limit */
+    struct tool_progress *progress; /* its `done` is atomic */
+    struct loop *beside;            /* half of the workers run there; NULL: none does */
 
-    /* Only touched on the loop that it runs on. */
+    /* Protected by `claim`. */
     size_t source; /* where the next piece comes from */
     uint64_t at;   /* in the target */
     struct extent_walk walk;
     uint64_t begun; /* pieces */
-    uint64_t ended;
-    uint64_t data_done; /* for the rate */
-    uint64_t started_ns;
+
     struct co_mutex claim;
-    struct tiny_lock lock; /* Protects `turn`. */
+    struct tiny_lock lock; /* Protects the next two. */
     struct wait_queue turn;
-    int result;
+    uint64_t ended; /* pieces */
+
+    uint64_t started_ns; /* constant */
+    uint64_t data_done;  /* atomic; for the rate */
+    int result;          /* atomic; who sets it first sets `error`, too */
     struct error *error;
 };
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Options, progress and the loop of the image tools. */
 #include "cli/image/tool.h"
+#include "base/atomic.h"
 #include "base/macros.h"
 #include "base/number.h"
 #include "formats/list.h"
@@ -114,6 +115,17 @@ struct run {
     struct error *error;
 };
 
+static struct loop_thread *second; /* only touched on the first loop's thread */
+
+struct loop *tool_co_second_loop(void)
+{
+    AUTO(error_free) struct error *ignored = NULL; /* one loop does it, too */
+
+    if (!second && loop_thread_start(&second, "copy", &ignored) < 0)
+        return NULL;
+    return loop_thread_loop(second);
+}
+
 static void co_fn control_fn run_body(void *arg)
 {
     static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
@@ -122,6 +134,8 @@ static void co_fn control_fn run_body(void *arg)
 
     run->result = run->fn(g, run->arg, &run->error);
     (void)graph_co_free(g);
+    if (second)
+        second = loop_thread_stop(second);
 }
 
 int tool_run(tool_fn *fn, void *arg, struct error **err)
@@ -162,7 +176,8 @@ static void ask(int signal)
 
 static void print_progress(struct tool_progress *p)
 {
-    double percent = p->total ? (double)MIN(p->done, p->total) * 100 / (double)p->total : 100;
+    double percent =
+        p->total ? (double)MIN(atomic_get(&p->done), p->total) * 100 / (double)p->total : 100;
 
     if (p->shown &&
         (p->printed < 0 || percent >= p->printed + 1 || (asked && percent > p->printed))) {

@@ -58,6 +58,8 @@ int tool_read_cache(const char *text, struct tool_cache *ret, struct error **err
 /* Runs fn(graph, arg) on a loop of its own, with a graph that is closed afterwards. What fn returns. */
 typedef int tool_fn(struct graph *g, void *arg, struct error **err);
 int tool_run(tool_fn *fn, void *arg, struct error **err);
+/* Another loop, on a thread of its own, which ends after the graph is closed; NULL if there can be none. */
+struct loop *co_fn tool_co_second_loop(void);
 
 /* `1.5 GiB` as the peer writes it: three digits. */
 void tool_size_text(char *buf, size_t size, uint64_t bytes);
@@ -67,8 +69,8 @@ void tool_size_text(char *buf, size_t size, uint64_t bytes);
  * are of the weights done.
  */
 struct tool_progress {
-    bool shown; /* -p */
-    uint64_t done;
+    bool shown;    /* -p */
+    uint64_t done; /* atomic where several threads count */
     uint64_t total;
     double printed; /* percent; < 0: nothing yet */
     struct co_scope scope;
