@@ -12,13 +12,23 @@
 #define PEER_VERSION "7.2.0"
 
 const struct cli_command *const image_commands[] = {
-    &create_command,  &info_command,    &map_command,     &check_command,
-    &convert_command, &compare_command, &measure_command, &resize_command,
-    &dd_command,      &rebase_command,  &bench_command,   NULL,
+    &create_command,
+    &info_command,
+    &map_command,
+    &check_command,
+    &convert_command,
+    &compare_command,
+    &measure_command,
+    &resize_command,
+    &dd_command,
+    &rebase_command,
+    &bench_command,
+    &snapshot_command,
+    NULL,
 };
 
 /* What the peer has and we do not, yet. */
-static const char *const missing[] = {"amend", "bitmap", "commit", "snapshot"};
+static const char *const missing[] = {"amend", "bitmap", "commit"};
 
 bool personality_is_qemu_img(const char *argv0)
 {
