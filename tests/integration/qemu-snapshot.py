@@ -202,3 +202,31 @@ def test_damage_is_refused(tmp_path):
         refused(text or "", "-d", "one", image)
         refused(text or "", "-a", "1", image)
         assert image.read_bytes()[:len(damaged)] == damaged
+
+
+def test_the_state_of_a_machine_stays(tmp_path):
+    """It is listed, kept in the table, and left where it is."""
+    image, raw = create(tmp_path / "a.qcow2"), tmp_path / "raw"
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", image)
+    theirs("-c", "one", image)
+    data = bytearray(image.read_bytes())
+    table = int.from_bytes(data[64:72], "big")
+    data[table + 24:table + 32] = (3723004000000).to_bytes(8, "big") # the machine's clock
+    data[table + 40:table + 48] = (123456).to_bytes(8, "big")
+    image.write_bytes(data)
+    entry = bytes(data[table:table + 64])
+    ours("-c", "two", image)
+    data = image.read_bytes()
+    table = int.from_bytes(data[64:72], "big")
+    assert data[table:table + 64] == entry
+    assert "01:02:03.004" in ours("-l", image)
+    must_be_sound(image)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", image)
+    for options, told in (((), True), (("-q",), False)):
+        ended = subprocess.run([CAIRN, "snapshot", *options, "-a", "one", image], capture_output=True, text=True,
+                               timeout=60, check=True)
+        assert ("state of a machine" in ended.stderr) == told
+        assert content(image, raw)[0] == 1
+        must_be_sound(image)
+    ours("-d", "one", image)
+    must_be_sound(image)
