@@ -24,7 +24,7 @@ struct cli_command {
     const char *summary;   /* a few words */
     const char *arguments; /* behind the name, in the usage line */
     const char *help;      /* the lines of the options */
-    bool is_image_tool;    /* wrong usage ends with the status 1, as in the peer's tool for images */
+    bool is_image_tool; /* wrong usage ends with the status 1, as in the peer's tool for images */
     /* argv[0] is the name. 0, or a negative errno and *err, or one of the above. */
     int (*run)(int argc, char **argv, struct error **err);
 };
