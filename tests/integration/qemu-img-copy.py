@@ -108,12 +108,30 @@ def test_convert_refuses_the_same(tools, arguments):
     tools.peer("check", "-q", "top.qcow2")
 
 
-@pytest.mark.parametrize("option", [["-c"], ["-C"], ["-l", "s"], ["--bitmaps"], ["--object", "secret,id=x,data=y"]])
+@pytest.mark.parametrize("option", [["-C"], ["-l", "s"], ["--bitmaps"], ["--object", "secret,id=x,data=y"]])
 def test_what_is_not_there_is_refused_by_name(tools, option):
     tools.chain()
     refused = tools.ours("convert", *option, "-O", "qcow2", "top.qcow2", "x.qcow2", ok=(1,))
     assert option[0] in refused.stderr
     assert not os.path.exists(tools.path("x.qcow2"))
+
+
+@pytest.mark.parametrize("options", [[], ["-W"], ["-o", "cluster_size=2M"], ["-o", "cluster_size=512"], ["-S", "0"], ["-n"]])
+def test_convert_compresses(tools, options):
+    """What the source holds need not begin or end where the target's clusters do."""
+    rng = random.Random(str(options))
+    with open(tools.path("source"), "wb") as f:
+        for _ in range(200):
+            f.seek(rng.randrange(16 << 20) & ~4095)
+            f.write((rng.randbytes(rng.choice([20, 3000, 40000])) * 3000)[:rng.randrange(1, 90000)])
+        f.truncate((16 << 20) + 1536)
+    if "-n" in options:
+        tools.peer("create", "-q", "-f", "qcow2", "x.qcow2", str((16 << 20) + 1536))
+    tools.ours("convert", "-c", *options, "-O", "qcow2", "source", "x.qcow2")
+    tools.peer("check", "-q", "x.qcow2")
+    tools.peer("compare", "-q", "source", "x.qcow2")
+    checked = json.loads(tools.peer("check", "--output=json", "x.qcow2").stdout)
+    assert checked.get("compressed-clusters", 0) > 0
 
 
 def test_an_interrupted_copy_says_so(tools):

@@ -36,6 +36,7 @@ struct convert {
     bool target_options; /* the target's name is options */
     bool progress;
     bool unordered;
+    bool compress;
     bool salvage;
     bool has_sparse;
     uint64_t sparse;
@@ -161,8 +162,9 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         .target_zero =
             c->target_is_zero || (!c->no_create && !c->o.backing_file && !is_device(&c->image)),
         .only_own = c->o.backing_file,
-        .in_order = !c->unordered,
+        .in_order = !c->unordered && !c->compress, /* where compressed bytes lie is all the same */
         .salvage = c->salvage,
+        .compress = c->compress,
         .writethrough = c->target_cache.writethrough,
         .workers = (unsigned)c->workers,
         .rate = c->rate,
@@ -250,10 +252,24 @@ static int check_new(struct convert *c, struct error **err)
     return 0;
 }
 
+static int check_compress(const struct convert *c, struct error **err)
+{
+    if (!c->compress)
+        return 0;
+    if (c->count > 1)
+        return error_set(err, ENOTSUP, "-c: several images together are not compressed");
+    if (!c->no_create && strcmp(c->format, "qcow2") != 0)
+        return error_set(err, EINVAL, "Compression not supported for this file format");
+    return 0;
+}
+
 static int check(struct convert *c, struct error **err)
 {
     int r = tool_check_format(&c->source, err);
 
+    if (r < 0)
+        return r;
+    r = check_compress(c, err);
     if (r < 0)
         return r;
     if (c->target_options && !c->no_create)
@@ -290,8 +306,6 @@ enum { TARGET_OPTS = TOOL_FIRST_FREE, TARGET_ZERO, SALVAGE, BITMAPS, SKIP_BROKEN
 static int refuse(int opt, struct error **err)
 {
     switch (opt) {
-    case 'c':
-        return error_set(err, ENOTSUP, "-c: compressed images are not written yet");
     case 'C':
         return error_set(err, ENOTSUP,
                          "-C: the host's copy offloading is not used; copying is fast without");
@@ -326,6 +340,9 @@ static int read_more(struct convert *c, int opt, struct error **err)
         return 0;
     case 'W':
         c->unordered = true;
+        return 0;
+    case 'c':
+        c->compress = true;
         return 0;
     case TOOL_IMAGE_OPTS:
         c->source.options = true;

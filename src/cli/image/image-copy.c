@@ -90,11 +90,32 @@ static int co_fn take_from(struct image_copy *c, const struct image_copy_source 
     return 0;
 }
 
+/* What is compressed is read, and written, in whole units of the target; sources may change kind within one. */
+static void fit_to_units(const struct image_copy *c, struct piece *piece)
+{
+    uint64_t left = piece->source->begin + piece->source->size - piece->at;
+
+    if (piece->kind != PIECE_DATA && piece->len < left)
+        piece->len = align_down(piece->len, c->unit);
+    if (piece->kind != PIECE_DATA && piece->len)
+        return;
+    piece->kind = PIECE_DATA;
+    piece->len = MIN(align_up(MAX(piece->len, (uint64_t)1), c->unit), left);
+}
+
+/* Data is copied in pieces of at most so much. */
+static uint64_t chunk_of(const struct image_copy *c)
+{
+    uint64_t chunk = MAX(CHUNK, align_up(c->sparse, CHUNK));
+
+    return c->compress ? MAX(chunk, align_up(c->unit, CHUNK)) : chunk;
+}
+
 /* Under c->claim. 1: a piece; 0: nothing is left. */
 static int co_fn claim_locked(struct image_copy *c, struct piece *piece)
 {
     const struct image_copy_source *s = &c->sources[c->source];
-    uint64_t chunk = MAX(CHUNK, align_up(c->sparse, CHUNK));
+    uint64_t chunk = chunk_of(c);
     int r;
 
     while (c->at >= s->begin + s->size) {
@@ -110,6 +131,8 @@ static int co_fn claim_locked(struct image_copy *c, struct piece *piece)
         return r;
     if (piece->kind == PIECE_ZERO && !c->sparse)
         piece->kind = PIECE_DATA; /* it is read as what it is */
+    if (c->compress)
+        fit_to_units(c, piece);
     if (piece->kind == PIECE_DATA)
         piece->len = MIN(align_down(piece->at, chunk) + chunk - piece->at, piece->len);
     piece->number = c->begun++;
@@ -166,7 +189,8 @@ static int co_fn write_run(struct image_copy *c, uint64_t at, struct iobuf *buf,
     int r = 0;
 
     if (!zero)
-        r = image_co_write(c->target, at, buf->data + from, len, flags, buf);
+        r = image_co_write(c->target, at, buf->data + from, len,
+                           flags | (c->compress ? REQUEST_COMPRESSED : 0), buf);
     else if (!c->target_zero)
         r = image_co_zero(c->target, at, len, flags | REQUEST_MAY_UNMAP);
     return r < 0 ? fail(c, r, "writing", at) : 0;
@@ -262,7 +286,7 @@ static int co_fn copy_piece(struct image_copy *c, const struct piece *p, struct 
 static void co_fn work(void *arg)
 {
     struct image_copy *c = arg;
-    struct iobuf *buf = iobuf_new(MAX(CHUNK, align_up(c->sparse, CHUNK)));
+    struct iobuf *buf = iobuf_new((size_t)chunk_of(c));
     struct error *err = NULL;
     int r = buf ? 0 : stop(c, error_set(&err, ENOMEM, "no memory"), &err);
 
