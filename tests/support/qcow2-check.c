@@ -481,7 +481,7 @@ int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number, struct qcow2
     struct qcow2_verdict ignored = {.errors = 0};
     uint64_t names;
     struct header h;
-    struct entry e;
+    struct entry e = {.at = 0};
     int r = read_header(f, &h, &ignored);
 
     memset(ret, 0, sizeof(*ret));
