@@ -202,7 +202,8 @@ def pytest_cases(paths, timeout, env=None, cwd=None):
                 case.status, case.detail = SKIP, child.get("message", "")
         cases.append(case)
     if ended.status != 0 and not any(case.status == FAIL for case in cases):
-        cases.append(Case("pytest", FAIL, tail(ended.output), ended.seconds))
+        names = ", ".join(os.path.basename(path) for path in paths)
+        cases.append(Case(f"pytest {names}", FAIL, tail(ended.output), ended.seconds))
     return cases
 
 
