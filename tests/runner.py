@@ -182,6 +182,7 @@ def meson_tests(build, timeout, names=(), env=None, multiplier=1.0, suites=()):
 
 def pytest_cases(paths, timeout, env=None, cwd=None):
     """Runs pytest and returns its cases; one that hangs or dies is a failure."""
+    whole = "pytest " + ", ".join(os.path.basename(path) for path in paths)
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         ended = run(
             ["/usr/bin/python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report.name}", *paths],
@@ -191,7 +192,7 @@ def pytest_cases(paths, timeout, env=None, cwd=None):
         try:
             tree = xml.etree.ElementTree.parse(report.name)
         except xml.etree.ElementTree.ParseError:
-            return [Case("pytest", FAIL, tail(ended.output), ended.seconds)]
+            return [Case(whole, FAIL, tail(ended.output), ended.seconds)]
     for element in tree.iter("testcase"):
         name = f"{element.get('classname', '').split('.')[-1]}:{element.get('name')}"
         case = Case(name, PASS, "", float(element.get("time", 0)))
@@ -202,8 +203,7 @@ def pytest_cases(paths, timeout, env=None, cwd=None):
                 case.status, case.detail = SKIP, child.get("message", "")
         cases.append(case)
     if ended.status != 0 and not any(case.status == FAIL for case in cases):
-        names = ", ".join(os.path.basename(path) for path in paths)
-        cases.append(Case(f"pytest {names}", FAIL, tail(ended.output), ended.seconds))
+        cases.append(Case(whole, FAIL, tail(ended.output), ended.seconds))
     return cases
 
 
