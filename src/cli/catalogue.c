@@ -264,19 +264,29 @@ static int by_time(const void *a, const void *b)
     return order ? order : strverscmp(x->id, y->id);
 }
 
-static int load_points(struct catalogue *c, struct error **err)
+/* A listing of its own, from the begin; closedir() ends it. */
+static int open_listing(const struct catalogue *c, DIR **ret, struct error **err)
 {
     int fd = openat(c->dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *d = fd < 0 ? NULL : fdopendir(fd);
+    int r;
+
+    *ret = fd < 0 ? NULL : fdopendir(fd);
+    if (*ret)
+        return 0;
+    r = fail(err, c, ".", "read");
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+static int load_points(struct catalogue *c, struct error **err)
+{
     const struct dirent *entry;
+    DIR *d = NULL;
+    int r = open_listing(c, &d, err);
 
-    if (!d) {
-        int r = fail(err, c, ".", "read");
-
-        if (fd >= 0)
-            close(fd);
+    if (r < 0)
         return r;
-    }
     while ((entry = readdir(d))) {
         AUTO(error_free) struct error *why = NULL;
         char id[POINT_ID_MAX];
@@ -478,17 +488,12 @@ static bool is_left_over(const struct catalogue *c, const char *id)
 /* CAT-3. Before points that are not right are dropped. */
 static int remove_half_made(const struct catalogue *c, struct error **err)
 {
-    int fd = openat(c->dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *d = fd < 0 ? NULL : fdopendir(fd);
     const struct dirent *entry;
+    DIR *d = NULL;
+    int r = open_listing(c, &d, err);
 
-    if (!d) {
-        int r = fail(err, c, ".", "read");
-
-        if (fd >= 0)
-            close(fd);
+    if (r < 0)
         return r;
-    }
     while ((entry = readdir(d))) {
         char id[POINT_ID_MAX];
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 
 import pytest
+from image_support import peer_creates_encrypted
 
 CAIRN = os.environ["CAIRN"]
 SEED = int(os.environ.get("CAIRN_SEED", "1"))
@@ -248,9 +249,7 @@ def test_snapshots_that_are_sound_stay(tmp_path):
 
 
 def test_images_with_all_features_are_sound(tmp_path):
-    secret = ["--object", "secret,id=s,data=x"]
-    run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o",
-        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", str(tmp_path / "luks"), "1M")
+    peer_creates_encrypted(tmp_path / "luks")
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/raw", str(tmp_path / "data"), "1M")
     run("qemu-io", "-f", "qcow2", "-c", "write 0 128k", str(tmp_path / "data"))
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", str(tmp_path / "zstd"), "1M")

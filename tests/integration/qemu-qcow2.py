@@ -11,6 +11,7 @@ import subprocess
 
 import nbd
 import pytest
+from image_support import peer_creates_encrypted
 from nbd_support import Daemon, QmpError, wait_until
 
 for tool in ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon"):
@@ -346,16 +347,6 @@ def with_feature_names(path, incompatible, names):
     patch(path, 72, "Q", incompatible)
 
 
-def encrypted(path):
-    for _ in range(20):  # on a busy machine qemu-img may fail to measure how fast it is
-        made = subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
-                               "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", path, "1M"],
-                              stderr=subprocess.PIPE, check=False)
-        if made.returncode == 0:
-            return
-    raise AssertionError(made.stderr)
-
-
 def left_dirty(path):
     create(path, "lazy_refcounts=on")
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 1M", "-c", "abort"], stdout=subprocess.DEVNULL,
@@ -393,7 +384,7 @@ def with_snapshot(path):
 
 
 REFUSED = {
-    "encrypted": (encrypted, "encrypt"),
+    "encrypted": (peer_creates_encrypted, "encrypt"),
     "data-file": (with_data_file, "data file"),
     "extended-l2": (of("extended_l2=on"), "extended"),
     "corrupt": (marked(72, "Q", 2), "corrupt"),

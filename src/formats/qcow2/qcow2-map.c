@@ -59,30 +59,61 @@ static int co_fn read_l1(struct qcow2 *q, const struct request *by)
     return r;
 }
 
+bool qcow2_room_make(const struct qcow2 *q, struct qcow2_room *room, uint64_t entries)
+{
+    size_t slices = (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1;
+    size_t units = (size_t)entries / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN) + 1;
+
+    room->l1 = try_new_n(uint64_t, (size_t)entries + 1); /* a disk of no bytes has none */
+    room->l1_dirty = try_new_n(uint64_t, units / 64 + 1);
+    room->slices = try_new_n(struct qcow2_slice *, slices);
+    room->used = try_new_n(bool, slices);
+    return room->l1 && room->l1_dirty && room->slices && room->used;
+}
+
+void qcow2_room_release(struct qcow2_room *room)
+{
+    free(room->l1);
+    free(room->l1_dirty);
+    free(room->slices);
+    free(room->used);
+}
+
+void qcow2_room_use(struct qcow2 *q, struct qcow2_room *room, uint64_t entries, uint64_t l1_offset)
+{
+    struct qcow2_map *map = &q->map;
+    struct qcow2_room old = {map->l1, map->l1_dirty, map->slices, map->used};
+
+    map->l1 = room->l1;
+    map->l1_dirty = room->l1_dirty;
+    map->slices = room->slices;
+    map->used = room->used;
+    map->l1_size = (uint32_t)entries;
+    map->l1_offset = l1_offset;
+    map->slice_count = entries << (q->l2_bits - q->slice_bits);
+    *room = old;
+}
+
 int qcow2_map_init(struct qcow2 *q, const struct request *by, uint32_t l1_size, uint64_t l1_offset,
                    uint64_t cache_max, struct error **err)
 {
     struct qcow2_map *map = &q->map;
-    uint32_t units = l1_size / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN) + 1;
+    struct qcow2_room room;
     int r;
 
-    map->l1_size = l1_size;
-    map->l1_offset = l1_offset;
     map->cache_max = cache_max;
-    map->slice_count = (uint64_t)l1_size << (q->l2_bits - q->slice_bits);
     list_init(&map->clean);
     list_init(&map->dirty);
     list_init(&map->limbo);
     co_mutex_init(&map->create);
     for (size_t i = 0; i < QCOW2_LOAD_LOCKS; i++)
         co_mutex_init(&map->load[i]);
-    map->l1 = try_new_n(uint64_t, (size_t)l1_size + 1); /* a disk of no bytes has none */
-    map->l1_dirty = try_new_n(uint64_t, units / 64 + 1);
-    map->slices = try_new_n(struct qcow2_slice *, (size_t)map->slice_count + 1);
-    map->used = try_new_n(bool, (size_t)map->slice_count + 1);
-    if (!map->l1 || !map->l1_dirty || !map->slices || !map->used)
+    if (!qcow2_room_make(q, &room, l1_size)) {
+        qcow2_room_release(&room);
         return error_set(err, ENOMEM, "node '%s': no memory for an L1 table of %" PRIu32 " entries",
                          node_name(q->node), l1_size);
+    }
+    qcow2_room_use(q, &room, l1_size, l1_offset);
     r = read_l1(q, by);
     return r < 0 ? error_set(err, -r, "node '%s': cannot read the L1 table: %s", node_name(q->node),
                              strerror(-r))
@@ -102,15 +133,28 @@ static void free_slices(struct list *l)
     }
 }
 
+void qcow2_map_forget(struct qcow2 *q)
+{
+    struct qcow2_map *map = &q->map;
+
+    for (uint64_t i = 0; i < map->slice_count; i++)
+        atomic_set(&map->slices[i], NULL);
+    free_slices(&map->clean);
+    free_slices(&map->limbo);
+    map->cached = 0;
+    tiny_lock_acquire(&q->lock);
+    qcow2_plain_forget_locked(q);
+    tiny_lock_release(&q->lock);
+}
+
 void qcow2_map_release(struct qcow2 *q)
 {
+    struct qcow2_room room = {q->map.l1, q->map.l1_dirty, q->map.slices, q->map.used};
+
     free_slices(&q->map.clean);
     free_slices(&q->map.dirty);
     free_slices(&q->map.limbo);
-    free(q->map.used);
-    free(q->map.slices);
-    free(q->map.l1_dirty);
-    free(q->map.l1);
+    qcow2_room_release(&room);
 }
 
 /* ---- the cache ---- */

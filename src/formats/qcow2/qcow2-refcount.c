@@ -173,37 +173,47 @@ int qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t offset
     return r;
 }
 
-/* The counts of clusters that have a block each, from `was` to `becomes`; what is otherwise is left, and told. */
-int qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
-                  unsigned was, unsigned becomes)
+/* Adds to the counts that lie in [least, most]; one that does not is left, and told. */
+static int co_fn change_counts(struct qcow2 *q, const struct request *by, uint64_t first,
+                               uint64_t count, uint64_t least, uint64_t most, int64_t add)
 {
     uint64_t entries = qcow2_block_entries(q);
     int r = 0;
 
     while (count && r == 0) {
         uint64_t index = first / entries;
-        uint64_t in_block = first % entries;
-        uint64_t n = MIN(count, entries - in_block);
+        uint64_t from = first % entries;
+        uint64_t n = MIN(count, entries - from);
         struct qcow2_refblock *block;
-        bool other = false;
+        bool wrong = false;
 
         if (index >= q->alloc.table_size || !q->alloc.table[index])
             return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", first);
         r = qcow2_block_get(q, by, index, &block);
-        for (uint64_t i = in_block; r == 0 && i < in_block + n; i++) {
-            if (qcow2_count_get(q, block->bytes, i) == was)
-                qcow2_count_set(q, block->bytes, i, becomes);
+        if (r < 0)
+            return r;
+        for (uint64_t i = from; i < from + n; i++) {
+            uint64_t value = qcow2_count_get(q, block->bytes, i);
+
+            if (value >= least && value <= most)
+                qcow2_count_set(q, block->bytes, i, value + (uint64_t)add);
             else
-                other = true;
+                wrong = true;
         }
-        if (r == 0)
-            r = qcow2_block_write(q, by, q->alloc.table[index], block, in_block, n);
-        if (other)
-            (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is not %u", first, was);
+        r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
+        if (wrong)
+            (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is not what it must be",
+                                first);
         first += n;
         count -= n;
     }
     return r;
+}
+
+int qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
+                  unsigned was, unsigned becomes)
+{
+    return change_counts(q, by, first, count, was, was, (int64_t)becomes - was);
 }
 
 int qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
@@ -251,34 +261,7 @@ int qcow2_count_up(struct qcow2 *q, const struct request *by, uint64_t cluster)
 
 int qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
 {
-    uint64_t entries = qcow2_block_entries(q);
-    int r = 0;
-
-    while (count && r == 0) {
-        uint64_t index = first / entries;
-        uint64_t from = first % entries;
-        uint64_t n = MIN(count, entries - from);
-        struct qcow2_refblock *block;
-        bool wrong = false;
-
-        if (index >= q->alloc.table_size || !q->alloc.table[index])
-            return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", first);
-        r = qcow2_block_get(q, by, index, &block);
-        if (r < 0)
-            return r;
-        for (uint64_t i = from; i < from + n; i++) {
-            uint64_t value = qcow2_count_get(q, block->bytes, i);
-
-            wrong |= !value;
-            qcow2_count_set(q, block->bytes, i, value ? value - 1 : 0);
-        }
-        r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
-        if (wrong)
-            (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is 0", first);
-        first += n;
-        count -= n;
-    }
-    return r;
+    return change_counts(q, by, first, count, 1, UINT64_MAX, -1);
 }
 
 int qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset, uint64_t *ret)

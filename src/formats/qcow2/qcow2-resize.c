@@ -70,50 +70,14 @@ static int co_fn write_new_l1(struct qcow2 *q, const struct request *req, uint64
     return r < 0 ? r : qcow2_sync(q, req);
 }
 
-/* What has room for more entries. Nothing else is in flight: what is in memory is moved. */
-struct wider {
-    uint64_t *l1;
-    uint64_t *l1_dirty;
-    struct qcow2_slice **slices;
-    bool *used;
-};
-
-static bool make_wider(const struct qcow2 *q, uint64_t entries, struct wider *w)
+/* Room for more entries, with what there is. Nothing else is in flight. */
+static bool make_wider(const struct qcow2 *q, uint64_t entries, struct qcow2_room *room)
 {
-    size_t units = (size_t)entries / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN) + 1;
-
-    w->l1 = try_new_n(uint64_t, (size_t)entries + 1);
-    w->l1_dirty = try_new_n(uint64_t, units / 64 + 1);
-    w->slices =
-        try_new_n(struct qcow2_slice *, (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1);
-    w->used = try_new_n(bool, (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1);
-    if (!w->l1 || !w->l1_dirty || !w->slices || !w->used)
+    if (!qcow2_room_make(q, room, entries))
         return false;
-    memcpy(w->l1, q->map.l1, (size_t)q->map.l1_size * sizeof(*w->l1));
-    memcpy(w->slices, q->map.slices, (size_t)q->map.slice_count * sizeof(struct qcow2_slice *));
+    memcpy(room->l1, q->map.l1, (size_t)q->map.l1_size * sizeof(*room->l1));
+    memcpy(room->slices, q->map.slices, (size_t)q->map.slice_count * sizeof(struct qcow2_slice *));
     return true;
-}
-
-static void release_wider(struct wider *w)
-{
-    free(w->l1);
-    free(w->l1_dirty);
-    free(w->slices);
-    free(w->used);
-}
-
-static void use_wider(struct qcow2 *q, struct wider *w, uint64_t entries, uint64_t offset)
-{
-    struct wider old = {q->map.l1, q->map.l1_dirty, q->map.slices, q->map.used};
-
-    q->map.l1 = w->l1;
-    q->map.l1_dirty = w->l1_dirty;
-    q->map.slices = w->slices;
-    q->map.used = w->used;
-    q->map.l1_size = (uint32_t)entries;
-    q->map.l1_offset = offset;
-    q->map.slice_count = entries << (q->l2_bits - q->slice_bits);
-    *w = old;
 }
 
 /* A longer L1 table, somewhere else. What changed in the old one is durable before: qcow2_co_resize() has flushed. */
@@ -124,13 +88,13 @@ static int co_fn move_l1(struct qcow2 *q, const struct request *req, uint64_t en
         align_up((uint64_t)q->map.l1_size * QCOW2_ENTRY_LEN, qcow2_cluster_size(q));
     uint64_t old = q->map.l1_offset;
     struct qcow2_extent at;
-    struct wider w = {.l1 = NULL};
-    int r = make_wider(q, entries, &w) ? 0 : -ENOMEM;
+    struct qcow2_room room = {.l1 = NULL};
+    int r = make_wider(q, entries, &room) ? 0 : -ENOMEM;
 
     if (r == 0)
         r = qcow2_alloc_get_row(q, req, bytes >> q->cluster_bits, &at);
     if (r < 0) {
-        release_wider(&w);
+        qcow2_room_release(&room);
         return r;
     }
     r = write_new_l1(q, req, at.host_offset, bytes);
@@ -140,11 +104,11 @@ static int co_fn move_l1(struct qcow2 *q, const struct request *req, uint64_t en
         r = change_header(q, req, node_size(q->node), node_size(q->node), (uint32_t)entries,
                           at.host_offset);
     if (r == 0) {
-        use_wider(q, &w, entries, at.host_offset);
+        qcow2_room_use(q, &room, entries, at.host_offset);
         if (old_bytes)
             qcow2_alloc_put(q, old, old_bytes >> q->cluster_bits);
     }
-    release_wider(&w);
+    qcow2_room_release(&room);
     return r;
 }
 

@@ -192,33 +192,7 @@ static uint64_t new_id(const struct snap *s)
     return max + 1;
 }
 
-/* ---- what is in memory of the mappings ---- */
-
-static void free_slices(struct list *l)
-{
-    struct qcow2_slice *s;
-
-    while ((s = list_first(l, struct qcow2_slice, link))) {
-        list_remove(&s->link);
-        free(s);
-    }
-}
-
-/* SNAP-1. Nobody is inside the epoch, and nothing is dirty. */
-static void forget_slices(struct qcow2 *q)
-{
-    struct qcow2_map *map = &q->map;
-
-    for (uint64_t i = 0; i < map->slice_count; i++)
-        atomic_set(&map->slices[i], NULL);
-    free_slices(&map->clean);
-    free_slices(&map->limbo);
-    map->cached = 0;
-    tiny_lock_acquire(&q->lock);
-    qcow2_plain_forget_locked(q);
-    tiny_lock_release(&q->lock);
-}
-
+/* SNAP-1. Nothing of the tables is in memory afterwards. */
 static int co_fn quiesce(struct snap *s)
 {
     struct qcow2 *q = s->q;
@@ -232,51 +206,8 @@ static int co_fn quiesce(struct snap *s)
     if (r < 0)
         return snap_failed(s, r, "flush the image");
     qcow2_alloc_drop_pack(q);
-    forget_slices(q);
+    qcow2_map_forget(q);
     return 0;
-}
-
-/* Memory for an L1 table of another size. */
-struct room {
-    uint64_t *l1;
-    uint64_t *l1_dirty;
-    struct qcow2_slice **slices;
-    bool *used;
-};
-
-static bool room_make(const struct qcow2 *q, struct room *room, uint64_t entries)
-{
-    size_t slices = (size_t)(entries << (q->l2_bits - q->slice_bits)) + 1;
-
-    room->l1 = try_new_n(uint64_t, (size_t)entries + 1);
-    room->l1_dirty =
-        try_new_n(uint64_t, (size_t)entries / (QCOW2_L1_UNIT / QCOW2_ENTRY_LEN) / 64 + 2);
-    room->slices = try_new_n(struct qcow2_slice *, slices);
-    room->used = try_new_n(bool, slices);
-    return room->l1 && room->l1_dirty && room->slices && room->used;
-}
-
-static void room_release(struct room *room)
-{
-    free(room->l1);
-    free(room->l1_dirty);
-    free(room->slices);
-    free(room->used);
-}
-
-/* What was there is in the room afterwards. */
-static void room_use(struct qcow2 *q, struct room *room, uint32_t entries, uint64_t offset)
-{
-    struct room old = {q->map.l1, q->map.l1_dirty, q->map.slices, q->map.used};
-
-    q->map.l1 = room->l1;
-    q->map.l1_dirty = room->l1_dirty;
-    q->map.slices = room->slices;
-    q->map.used = room->used;
-    q->map.l1_size = entries;
-    q->map.l1_offset = offset;
-    q->map.slice_count = (uint64_t)entries << (q->l2_bits - q->slice_bits);
-    *room = old;
 }
 
 /* ---- the header ---- */
@@ -517,7 +448,7 @@ static int co_fn delete_named(struct snap *s, const char *name)
 struct application {
     struct snap_l1 l1; /* that will be the active one */
     uint64_t size;
-    struct room room;
+    struct qcow2_room room;
     struct qcow2_counts more;
     struct qcow2_counts less;
 };
@@ -555,7 +486,7 @@ static int co_fn apply_counted(struct snap *s, struct application *a)
 
     if (r == 0)
         r = snap_change_counts(s, &a->less, SNAP_LOWER, true);
-    if (r == 0 && !room_make(s->q, &a->room, a->l1.count))
+    if (r == 0 && !qcow2_room_make(s->q, &a->room, a->l1.count))
         r = snap_failed(s, -ENOMEM, "make tables");
     if (r == 0)
         r = alloc_row(s, MAX((uint64_t)a->l1.count * QCOW2_ENTRY_LEN, (uint64_t)1), &row);
@@ -567,7 +498,7 @@ static int co_fn apply_counted(struct snap *s, struct application *a)
         return r;
     }
     memcpy(a->room.l1, a->l1.v, (size_t)a->l1.count * sizeof(*a->l1.v));
-    room_use(s->q, &a->room, a->l1.count, row.host_offset);
+    qcow2_room_use(s->q, &a->room, a->l1.count, row.host_offset);
     node_set_size(s->q->node, a->size);
     r = snap_change_counts(s, &a->less, SNAP_LOWER, false); /* SNAP-5; nothing new is used once */
     if (r == 0)
@@ -611,7 +542,7 @@ static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_stat
     r = prepare_application(s, sn, &a);
     if (r == 0)
         r = apply_counted(s, &a);
-    room_release(&a.room);
+    qcow2_room_release(&a.room);
     free(a.l1.v);
     qcow2_counts_release(&a.more);
     qcow2_counts_release(&a.less);

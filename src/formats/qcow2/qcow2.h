@@ -180,6 +180,23 @@ bool qcow2_is_cluster(const struct qcow2 *q, uint64_t host_offset);
 int co_fn qcow2_map_init(struct qcow2 *q, const struct request *by, uint32_t l1_size,
                          uint64_t l1_offset, uint64_t cache_max, struct error **err);
 void qcow2_map_release(struct qcow2 *q);
+/* Nobody is inside the epoch, and nothing is dirty: all that was cached of the tables is forgotten. */
+void qcow2_map_forget(struct qcow2 *q);
+
+/* What is in memory of an L1 table of some size, with nothing in it. */
+struct qcow2_room {
+    uint64_t *l1;
+    uint64_t *l1_dirty;
+    struct qcow2_slice **slices;
+    bool *used;
+};
+
+/* False without memory; qcow2_room_release() ends it in either case. */
+bool qcow2_room_make(const struct qcow2 *q, struct qcow2_room *room, uint64_t entries);
+void qcow2_room_release(struct qcow2_room *room);
+/* Where nobody else is: it becomes the map's, and holds afterwards what the map had. */
+void qcow2_room_use(struct qcow2 *q, struct qcow2_room *room, uint64_t entries, uint64_t l1_offset);
+
 int co_fn qcow2_co_map(struct node *node, const struct request *req, uint64_t offset, uint64_t len,
                        struct mapping *ret);
 
