@@ -238,7 +238,7 @@ QSD_CHAIN_POINTS = tuple(f"qsd {n}" for n in LAYERS if n <= QSD_LAYERS)
 
 
 def _allocated(op, depth):
-    bounds = (("aim", 1.1), ("must (issue 3)", 1.15), ("must", 1.25))
+    bounds = (("aim", 1.1), ("must", 1.15))
     return Row(f"qcow2-{op}-4k-d{depth}", Allocated, ("--op", op, "--depth", str(depth)),
                ("cairnd raw", "cairnd qcow2", "cairnd qcow2'", "qsd qcow2"), ("cairnd qcow2", "cairnd qcow2'"),
                (("cairnd qcow2", [rowlib.at_most(level, "cpu_us", "cairnd raw", bound, CPU)
