@@ -128,6 +128,7 @@ int exports_co_add(struct exports *all, const struct export_options *o, struct e
     e->nbd.description = o->u.nbd.description ? xstrdup(o->u.nbd.description) : NULL;
     e->nbd.writable = o->writable;
     e->nbd.writethrough = o->writethrough;
+    e->nbd.allocation_depth = o->u.nbd.allocation_depth;
     e->nbd.serial = ++all->serial;
     e->nbd.closing = true; /* until the backend stands; the names are taken meanwhile */
     list_append(&all->exports, &e->link);

@@ -370,16 +370,30 @@ int chain_co_zero_below(struct node *node, const struct request *req, uint64_t o
     return zero;
 }
 
+/* How many links lead from the top to one of its layers. */
+static unsigned links_to(const struct node *top, const struct node *layer)
+{
+    unsigned links = 0;
+
+    for (; top != layer; top = top->backing->node)
+        links++;
+    return links;
+}
+
 /* What a node below says, as the top shows it. */
 static int co_fn add_plain(struct node *top, const struct found *f, const struct request *req)
 {
     struct extents *ours = req->extents;
-    struct extents below = {.v = ours->v + ours->count, .max = ours->max - ours->count};
+    struct extents below = {
+        .v = ours->v + ours->count, .max = ours->max - ours->count, .layers = ours->layers};
+    unsigned links = ours->layers ? links_to(top, f->layer) : 0;
     int r = plain_extents(f, req, req->offset, &below);
 
     for (unsigned i = 0; i < below.count && r == 0; i++) {
         struct extent e = below.v[i];
 
+        if (e.flags & EXTENT_ALLOCATED || e.below)
+            e.below += links;
         if (f->layer != top)
             e.flags &= ~(unsigned)EXTENT_ALLOCATED;
         (void)extents_add(ours,
@@ -405,6 +419,8 @@ int chain_co_extents(struct node *top, struct request *req)
                                         : EXTENT_ZERO;
     if (f.layer == top && (f.kind != FOUND_ZERO || f.said))
         e.flags |= EXTENT_ALLOCATED;
+    else if (req->extents->layers && (f.kind != FOUND_ZERO || f.said))
+        e.below = links_to(top, f.layer);
     if (f.kind == FOUND_DATA) {
         e.host = f.layer->file->node;
         e.host_offset = f.host_offset;

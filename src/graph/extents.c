@@ -4,7 +4,8 @@
 
 static bool continues(const struct extent *last, const struct extent *next)
 {
-    if (last->offset + last->len != next->offset || last->flags != next->flags)
+    if (last->offset + last->len != next->offset || last->flags != next->flags ||
+        last->below != next->below)
         return false;
     return !(last->flags & EXTENT_OFFSET_VALID) ||
            (last->host == next->host && last->host_offset + last->len == next->host_offset);

@@ -21,6 +21,8 @@ struct extent {
     unsigned flags;
     const struct node *host;
     uint64_t host_offset;
+    unsigned
+        below; /* so many layers below the node is the one that answers; 0 unless `layers` is set */
 };
 
 /* The caller gives the array. The extents follow each other without gaps from the start of the request. */
@@ -28,6 +30,7 @@ struct extents {
     struct extent *v;
     unsigned count;
     unsigned max;
+    bool layers; /* tell in which layer each one lies */
 };
 
 /* Appends, or lengthens the last one if it continues it. False when it is full. */

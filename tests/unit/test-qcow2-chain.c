@@ -102,7 +102,7 @@ static void describe(struct chain *c)
     unsigned calls = 0;
 
     while (pos < sizeof(c->data)) {
-        struct extents e = {.v = v, .max = 2 * LAYERS};
+        struct extents e = {.v = v, .max = 2 * LAYERS, .layers = true};
         struct request req = {
             .kind = REQUEST_EXTENTS, .offset = pos, .len = sizeof(c->data) - pos, .extents = &e};
 
@@ -116,6 +116,7 @@ static void describe(struct chain *c)
             assert_true(v[i].flags & EXTENT_DATA);
             assert_true(v[i].flags & EXTENT_OFFSET_VALID);
             assert_int_equal(!!(v[i].flags & EXTENT_ALLOCATED), pos / CLUSTER == LAYERS - 1);
+            assert_int_equal(v[i].below, LAYERS - 1 - pos / CLUSTER);
             assert_int_equal(v[i].len, CLUSTER);
             path = node_filename(v[i].host);
             assert_non_null(path);

@@ -265,9 +265,9 @@ static void test_schema__refuses_by_name_what_is_not_supported(void **state)
     assert_refused("nbd-server-start", "{'addr': {'type': 'unix', 'path': 'a'}}",
                    "arguments.addr.path: unknown member (type is 'unix')");
     assert_refused("block-export-add",
-                   "{'type': 'nbd', 'id': 'e', 'node-name': 'n', 'allocation-depth': true}",
-                   "arguments.allocation-depth: not accepted: the context qemu:allocation-depth is "
-                   "not supported yet");
+                   "{'type': 'nbd', 'id': 'e', 'node-name': 'n', 'iothread': 'x'}",
+                   "arguments.iothread: not accepted: every export is served by all I/O threads of "
+                   "the daemon");
     assert_refused("block_resize", "{'node-name': 'n', 'size': -1}",
                    "arguments.size: -1 is less than 0 (bytes)");
     assert_refused("block_resize", "{'node-name': 'n', 'size': 9223372036854775808}",

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Metadata contexts: base:allocation, and one for each dirty bitmap of an export. Which ones there are, what a client's query
+ * Metadata contexts: base:allocation, the depths of a chain, and one for each dirty bitmap of an export. Which ones there are, what a client's query
  * asks for, and the answer to a block status request: a chunk for each context that the client has chosen.
  */
 #include "base/alloc.h"
@@ -24,6 +24,7 @@
 #define DESCRIPTOR_BYTES 8
 
 #define ALLOCATION_CONTEXT "base:allocation"
+#define DEPTH_CONTEXT      "qemu:allocation-depth"
 #define BITMAP_CONTEXT     "qemu:dirty-bitmap:"
 
 /* ---- the bitmaps of an export ---- */
@@ -101,12 +102,13 @@ int nbd_export_co_attach_bitmaps(struct nbd_export *export, struct graph *graph,
                                  const char *owner, struct error **err)
 {
     const char *own_node = node_name(backend_node(export->backend));
+    size_t max = NBD_MAX_BITMAPS - export->allocation_depth;
     int r = 0;
 
     if (!count)
         return 0;
-    if (count > NBD_MAX_BITMAPS)
-        return error_set(err, E2BIG, "%zu dirty bitmaps are more than %d", count, NBD_MAX_BITMAPS);
+    if (count > max)
+        return error_set(err, E2BIG, "%zu dirty bitmaps are more than %zu", count, max);
     export->bitmaps = try_new_n(struct nbd_bitmap, count);
     if (!export->bitmaps)
         return error_set(err, ENOMEM, "no memory for %zu dirty bitmaps", count);
@@ -133,14 +135,27 @@ void nbd_export_co_release_bitmaps(struct nbd_export *export)
 
 /* ---- negotiation ---- */
 
+/* The identifier of the first bitmap. */
+static unsigned first_bitmap(const struct nbd_export *export)
+{
+    return export->allocation_depth ? NBD_CONTEXT_DEPTH + 1 : NBD_CONTEXT_ALLOCATION + 1;
+}
+
 unsigned nbd_context_count(const struct nbd_export *export)
 {
-    return 1 + export->bitmap_count;
+    return first_bitmap(export) + export->bitmap_count;
+}
+
+static bool is_bitmap(const struct nbd_export *export, unsigned id)
+{
+    return id >= first_bitmap(export);
 }
 
 const char *nbd_context_name(const struct nbd_export *export, unsigned id)
 {
-    return id == NBD_CONTEXT_ALLOCATION ? ALLOCATION_CONTEXT : export->bitmaps[id - 1].context;
+    if (is_bitmap(export, id))
+        return export->bitmaps[id - first_bitmap(export)].context;
+    return id == NBD_CONTEXT_DEPTH ? DEPTH_CONTEXT : ALLOCATION_CONTEXT;
 }
 
 static bool is(const char *query, size_t len, const char *text)
@@ -157,7 +172,7 @@ bool nbd_context_matches(const struct nbd_export *export, unsigned id, const cha
         return false;
     if (id == NBD_CONTEXT_ALLOCATION)
         return is(query, len, "base:");
-    return is(query, len, "qemu:") || is(query, len, BITMAP_CONTEXT);
+    return is(query, len, "qemu:") || (is_bitmap(export, id) && is(query, len, BITMAP_CONTEXT));
 }
 
 /* ---- block status ---- */
@@ -226,11 +241,19 @@ static void add_bitmap(struct status *s, const struct bitmap *bits)
         (void)add_descriptor(s, end - pos, 0);
 }
 
-static int co_fn add_allocation(struct status *s)
+/* 1 is the topmost layer; 0: nothing is there in any of them. */
+static uint32_t depth_state(const struct extent *e)
 {
+    return e->flags & EXTENT_ALLOCATED || e->below ? e->below + 1 : 0;
+}
+
+/* What the graph says of the range: the states of base:allocation, or the depths. */
+static int co_fn add_extents(struct status *s, unsigned context)
+{
+    bool depths = context == NBD_CONTEXT_DEPTH;
     unsigned max = MAX(s->max, 2u); /* two show where the first one ends */
     struct iobuf *list = iobuf_new(max * sizeof(struct extent));
-    struct extents extents = {.max = max};
+    struct extents extents = {.max = max, .layers = depths};
     struct request r = {
         .kind = REQUEST_EXTENTS,
         .offset = s->req->offset,
@@ -244,7 +267,9 @@ static int co_fn add_allocation(struct status *s)
     extents.v = (struct extent *)(void *)list->data;
     result = backend_co_request(s->req->connection->backend, &r);
     for (unsigned i = 0; result == 0 && i < extents.count; i++) {
-        if (!add_descriptor(s, extents.v[i].len, allocation_state(extents.v[i].flags)))
+        const struct extent *e = &extents.v[i];
+
+        if (!add_descriptor(s, e->len, depths ? depth_state(e) : allocation_state(e->flags)))
             break;
     }
     if (result == 0 && !extents.count)
@@ -275,6 +300,7 @@ uint32_t nbd_block_status_cost(const struct nbd_request *req)
 int nbd_co_block_status(struct nbd_request *req)
 {
     const struct nbd_connection *c = req->connection;
+    unsigned first = first_bitmap(c->export);
     unsigned chunks = (unsigned)__builtin_popcountll(c->contexts);
     struct status s = {.req = req, .max = descriptors_of(req, chunks)};
     int result = 0;
@@ -284,14 +310,16 @@ int nbd_co_block_status(struct nbd_request *req)
         return -ENOMEM;
     s.at = req->buf->data;
     for (unsigned i = 0; i < c->export->bitmap_count; i++) {
-        if (c->contexts & (uint64_t)1 << (1 + i)) {
+        if (c->contexts & (uint64_t)1 << (first + i)) {
             add_bitmap(&s, c->export->bitmaps[i].bits);
-            end_chunk(&s, 1 + i);
+            end_chunk(&s, first + i);
         }
     }
-    if (c->contexts & 1u << NBD_CONTEXT_ALLOCATION) {
-        result = add_allocation(&s);
-        end_chunk(&s, NBD_CONTEXT_ALLOCATION);
+    for (unsigned id = 0; result == 0 && id < first; id++) {
+        if (c->contexts & (uint64_t)1 << id) {
+            result = add_extents(&s, id);
+            end_chunk(&s, id);
+        }
     }
     assert(s.last); /* check() has seen that there is one */
     store_be16(s.last + 4, NBD_REPLY_FLAG_DONE);

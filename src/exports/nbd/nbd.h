@@ -32,14 +32,15 @@
 #define NBD_MAX_REQUESTS 256
 #define NBD_MAX_BYTES    ((size_t)64 << 20)
 
-/* The most bitmaps of one export: with base:allocation, its contexts fit in a word. */
+/* The most bitmaps of one export, one less with the depths: its contexts fit in a word. */
 #define NBD_MAX_BITMAPS 63
 
 /* How long a client may take to negotiate. */
 #define NBD_HANDSHAKE_NS (10 * NS_PER_S)
 
-/* Identifiers of contexts in block status replies: base:allocation; the i-th bitmap has 1 + i. */
+/* Identifiers of contexts in block status replies: base:allocation, the depths if the export has them, the bitmaps. */
 #define NBD_CONTEXT_ALLOCATION 0
+#define NBD_CONTEXT_DEPTH      1
 
 struct block_dirty_bitmap_or_str; /* generated */
 
@@ -61,6 +62,7 @@ struct nbd_export {
     unsigned alignment; /* as it was then; only a hint */
     bool writable;
     bool writethrough;
+    bool allocation_depth;
     uint64_t serial; /* no other export of the process has it, ever */
     struct nbd_bitmap *bitmaps;
     unsigned bitmap_count;

@@ -64,7 +64,8 @@ static int co_fn raw_co_extents(struct node *node, struct request *req)
 {
     const struct raw *raw = node_state(node);
     struct extents *ours = req->extents;
-    struct extents below = {.v = ours->v + ours->count, .max = ours->max - ours->count};
+    struct extents below = {
+        .v = ours->v + ours->count, .max = ours->max - ours->count, .layers = ours->layers};
     struct request sub = *req;
     int r;
 
