@@ -30,6 +30,7 @@ SHAPES = [
     "cluster_size=64k",
     "cluster_size=64k,compat=0.10,preallocation=metadata",
     "cluster_size=2M,refcount_bits=32",
+    "cluster_size=16k,compression_type=zstd",
 ]
 
 
@@ -58,9 +59,19 @@ def qemu(path):
     return verdict, (done.stdout + done.stderr).decode()
 
 
+def field(path, offset, kind):
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return struct.unpack(">" + kind, f.read(struct.calcsize(kind)))[0]
+
+
 def make(path, shape, rng, size=1 << 20):
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", shape, path, str(size))
+    cluster = 1 << field(path, 20, "I")
     commands = []
+    if "preallocation" not in shape:  # the peer compresses only what has no cluster yet
+        for guest in rng.sample(range(0, size, cluster), min(rng.randrange(6), size // cluster)):
+            commands += ["-c", f"write -c -P {rng.randrange(256)} {guest} {min(cluster, size - guest)}"]
     for _ in range(rng.randrange(1, 12)):
         offset = rng.randrange(size)
         length = rng.randrange(1, min(size - offset, 100000) + 1)

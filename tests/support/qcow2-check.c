@@ -12,6 +12,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <zlib.h>
+#include <zstd.h>
+
 #define CLUSTERS_MAX ((uint64_t)1 << 26) /* of the file: memory for the references */
 
 #define L1_OFFSET       0x00fffffffffffe00u
@@ -23,6 +26,9 @@
 #define TABLE_RESERVED  ((uint64_t)0x1ff)
 #define INCOMPAT_DIRTY  1u
 #define INCOMPAT_BROKEN 2u
+#define INCOMPAT_METHOD 8u
+
+#define METHOD_ZSTD 1
 
 #define EXTENSION_BITMAPS 0x23852875u
 
@@ -30,6 +36,7 @@ struct header {
     unsigned version;
     unsigned cluster_bits;
     unsigned refcount_order;
+    unsigned method; /* of compression */
     uint64_t size;
     uint64_t l1_offset;
     uint64_t l1_entries;
@@ -54,8 +61,8 @@ struct entry {
 
 #define NO_SIZE UINT64_MAX
 
-/* What a cluster is used for: for one thing, however often. */
-enum use { USE_NOTHING, USE_META, USE_L2, USE_DATA };
+/* What a cluster is used for: for one thing; by compressed bytes as often as there are some that touch it. */
+enum use { USE_NOTHING, USE_META, USE_L2, USE_DATA, USE_COMPRESSED };
 
 struct walk {
     const struct qcow2_file *f;
@@ -242,10 +249,12 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
         if (h->refcount_order > 6 || len < 104 || len % 8 || len > (uint64_t)1 << h->cluster_bits)
             return unjudged(v, EINVAL, "refcount_order %u, header length %" PRIu64,
                             h->refcount_order, len);
-        if (len > 104 && b[104])
-            return unjudged(v, EOPNOTSUPP, "compression type %u", b[104]);
+        h->method = len > 104 ? b[104] : 0;
+        if (h->method > METHOD_ZSTD || !(h->incompatible & INCOMPAT_METHOD) != !h->method)
+            return unjudged(v, EOPNOTSUPP, "compression type %u, features %" PRIx64, h->method,
+                            h->incompatible);
     }
-    if (h->incompatible & ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_BROKEN))
+    if (h->incompatible & ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_BROKEN | INCOMPAT_METHOD))
         return unjudged(v, EOPNOTSUPP, "incompatible features %" PRIx64, h->incompatible);
     if (load_be32(b + 32))
         return unjudged(v, EOPNOTSUPP, "it is encrypted");
@@ -279,7 +288,8 @@ static bool refer(struct walk *w, uint64_t offset, uint64_t count, enum use use,
             return false;
         }
         /* Each snapshot may use once what others use, for the same. */
-        if (w->references[n]++ && (use == USE_META || w->use[n] != use || w->walk[n] == w->now))
+        if (w->references[n]++ && (use == USE_META || w->use[n] != use ||
+                                   (w->walk[n] == w->now && use != USE_COMPRESSED)))
             found(w, QCOW2_ERROR_USED_TWICE, "cluster %" PRIu64 " is used twice, by %s %" PRIu64, n,
                   what, where);
         w->use[n] = (uint8_t)use;
@@ -340,12 +350,38 @@ static int check_copied(struct walk *w, uint64_t entry, uint64_t offset, const c
     return r;
 }
 
+/* The sectors that hold the compressed bytes; they begin anywhere in the first one. */
+static void compressed_place(unsigned cluster_bits, uint64_t entry, uint64_t *ret_offset,
+                             uint64_t *ret_len)
+{
+    unsigned x = 62 - (cluster_bits - 8);
+
+    *ret_offset = entry & (((uint64_t)1 << x) - 1);
+    *ret_len = (((entry & (L2_COMPRESSED - 1)) >> x) + 1) * 512 - *ret_offset % 512;
+}
+
+static void walk_compressed(struct walk *w, uint64_t entry, uint64_t guest)
+{
+    uint64_t offset, len, first, last;
+
+    compressed_place(w->h.cluster_bits, entry, &offset, &len);
+    first = offset / w->cluster;
+    last = (offset + len - 1) / w->cluster;
+    w->v->compressed_clusters += w->now == 1;
+    if (entry & FLAG_COPIED)
+        found(w, QCOW2_ERROR_COPIED, "guest cluster %" PRIu64 " is compressed, and copied", guest);
+    (void)refer(w, first * w->cluster, last - first + 1, USE_COMPRESSED, "compressed cluster",
+                guest);
+}
+
 static int walk_l2_entry(struct walk *w, uint64_t entry, uint64_t guest)
 {
     uint64_t offset = entry & L1_OFFSET;
 
-    if (entry & L2_COMPRESSED)
-        return unjudged(w->v, EOPNOTSUPP, "guest cluster %" PRIu64 " is compressed", guest);
+    if (entry & L2_COMPRESSED) {
+        walk_compressed(w, entry, guest);
+        return 0;
+    }
     if (entry & L2_RESERVED)
         found(w, QCOW2_ERROR_RESERVED, "L2 entry of guest cluster %" PRIu64 ": %" PRIx64, guest,
               entry);
@@ -597,7 +633,7 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
         release(&w);
         return -ENOMEM;
     }
-    if (w.h.incompatible)
+    if (w.h.incompatible & ~(uint64_t)INCOMPAT_METHOD)
         found(&w, QCOW2_ERROR_DIRTY, "it is marked as dirty or corrupt: %" PRIx64,
               w.h.incompatible);
     (void)refer(&w, 0, 1, USE_META, "header", 0);
@@ -614,28 +650,90 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
 
 /* ---- reading ---- */
 
-/* Where a guest cluster lies: 0 and *ret_host, 0 and *ret_zero, or 1: not in this layer. */
-static int find_cluster(const struct qcow2_file *f, const struct header *h, uint64_t offset,
-                        uint64_t *ret_host, bool *ret_zero)
+/* What the L2 table says of a guest offset; 0 if there is none. */
+static int find_entry(const struct qcow2_file *f, const struct header *h, uint64_t offset,
+                      uint64_t *ret)
 {
     uint64_t cluster = (uint64_t)1 << h->cluster_bits;
     uint64_t n = offset / cluster;
-    uint64_t entry;
     int r;
 
+    *ret = 0;
     if (n / (cluster / 8) >= h->l1_entries)
-        return 1;
-    r = file_entry(f, h->l1_offset + n / (cluster / 8) * 8, &entry);
-    if (r < 0 || !(entry & L1_OFFSET))
-        return r < 0 ? r : 1;
-    r = file_entry(f, (entry & L1_OFFSET) + n % (cluster / 8) * 8, &entry);
+        return 0;
+    r = file_entry(f, h->l1_offset + n / (cluster / 8) * 8, ret);
+    if (r < 0 || !(*ret & L1_OFFSET)) {
+        *ret = 0;
+        return r;
+    }
+    return file_entry(f, (*ret & L1_OFFSET) + n % (cluster / 8) * 8, ret);
+}
+
+static bool inflates(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
+{
+    z_stream z = {.next_in = (uint8_t *)(uintptr_t)in, .avail_in = (uInt)in_len};
+
+    z.next_out = out;
+    z.avail_out = (uInt)out_len;
+    if (inflateInit2(&z, -12) != Z_OK)
+        return false;
+    (void)inflate(&z, Z_SYNC_FLUSH);
+    (void)inflateEnd(&z);
+    return z.avail_out == 0;
+}
+
+/* Behind the frame there may be anything. */
+static bool unpacks(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
+{
+    size_t n = ZSTD_findFrameCompressedSize(in, in_len);
+
+    return !ZSTD_isError(n) && ZSTD_decompress(out, out_len, in, n) == out_len;
+}
+
+/* A whole cluster into `out`. */
+static int read_compressed(const struct qcow2_file *f, const struct header *h, uint64_t entry,
+                           uint8_t *out)
+{
+    size_t cluster = (size_t)1 << h->cluster_bits;
+    uint64_t offset, len;
+    uint8_t *in;
+    bool fine;
+    int r;
+
+    compressed_place(h->cluster_bits, entry, &offset, &len);
+    in = malloc((size_t)len);
+    if (!in)
+        return -ENOMEM;
+    r = file_read(f, offset, in, (size_t)len);
+    fine = r == 0 && (h->method == METHOD_ZSTD ? unpacks : inflates)(in, (size_t)len, out, cluster);
+    free(in);
+    return r < 0 ? r : fine ? 0 : -EIO;
+}
+
+/* A piece of one cluster, if it lies in this layer; else 1. The buffer has zeroes. */
+static int read_layer(const struct qcow2_file *f, const struct header *h, uint64_t offset,
+                      void *buf, size_t len)
+{
+    uint64_t in_cluster = offset % ((uint64_t)1 << h->cluster_bits);
+    uint8_t *plain;
+    uint64_t entry;
+    int r = find_entry(f, h, offset, &entry);
+
     if (r < 0)
         return r;
-    if (entry & L2_COMPRESSED)
-        return -EOPNOTSUPP;
-    *ret_zero = h->version > 2 && (entry & FLAG_ZERO);
-    *ret_host = entry & L1_OFFSET;
-    return *ret_zero || *ret_host ? 0 : 1;
+    if (!(entry & L2_COMPRESSED)) {
+        if (h->version > 2 && (entry & FLAG_ZERO))
+            return 0;
+        return entry & L1_OFFSET ? file_read(f, (entry & L1_OFFSET) + in_cluster, buf, len) : 1;
+    }
+    plain = malloc((size_t)1 << h->cluster_bits);
+    if (!plain)
+        return -ENOMEM;
+    r = read_compressed(f, h, entry, plain);
+    if (r == 0)
+        memcpy(buf, plain + in_cluster, len);
+    free(plain);
+    return r;
 }
 
 static int read_piece(const struct qcow2_layer *layers, const struct header *headers,
@@ -645,8 +743,6 @@ static int read_piece(const struct qcow2_layer *layers, const struct header *hea
     for (unsigned i = 0; i < count; i++) {
         const struct qcow2_file *f = &layers[i].file;
         uint64_t size = layers[i].raw ? f->size : headers[i].size;
-        uint64_t host = 0;
-        bool zero = false;
         int r;
 
         if (offset >= size)
@@ -655,9 +751,7 @@ static int read_piece(const struct qcow2_layer *layers, const struct header *hea
             len = (size_t)(size - offset); /* the rest is zero, whatever lies below */
         if (layers[i].raw)
             return file_read(f, offset, buf, len);
-        r = find_cluster(f, &headers[i], offset, &host, &zero);
-        if (r == 0 && !zero)
-            return file_read(f, host + offset % ((uint64_t)1 << headers[i].cluster_bits), buf, len);
+        r = read_layer(f, &headers[i], offset, buf, len);
         if (r <= 0)
             return r;
     }

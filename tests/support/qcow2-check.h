@@ -2,8 +2,8 @@
 /*
  * An independent judge of qcow2 images, written from the format's specification alone; it shares no code with the driver.
  *
- * It knows what the driver of this stage may write: versions 2 and 3, standard clusters, zero clusters, backing files, internal
- * snapshots. An image with anything else (compression, extended L2, data file, encryption, bitmaps) is not judged.
+ * It knows what the driver of this stage may write: versions 2 and 3, standard, zero and compressed clusters, backing files,
+ * internal snapshots. An image with anything else (extended L2, data file, encryption, bitmaps) is not judged.
  */
 #ifndef CAIRN_TESTS_QCOW2_CHECK_H
 #define CAIRN_TESTS_QCOW2_CHECK_H
@@ -59,6 +59,7 @@ struct qcow2_verdict {
     uint64_t l2_tables;
     uint64_t data_clusters; /* with a host cluster, those that read as zeroes included */
     uint64_t zero_clusters; /* that read as zeroes */
+    uint64_t compressed_clusters;
 
     char text[2000]; /* the first findings, a line each */
 };

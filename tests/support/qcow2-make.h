@@ -19,6 +19,7 @@ struct qcow2_shape {
     uint64_t
         allocated; /* so many guest clusters, from the start of the disk on, have a host cluster */
     uint64_t autoclear;
+    bool zstd;           /* what is compressed; version 3 */
     const char *backing; /* name of the backing file in the header, or NULL; its format is qcow2 */
 };
 
@@ -86,10 +87,12 @@ static inline uint8_t *qcow2_make(const struct qcow2_shape *s, size_t *ret_len)
     if (s->version == 3) {
         store_be64(b + 88, s->autoclear);
         store_be32(b + 96, s->refcount_order);
-        store_be32(b + 100, 104);
+        store_be32(b + 100, 112);
+        store_be64(b + 72, s->zstd ? 8 : 0);
+        b[104] = s->zstd;
     }
     if (s->backing)
-        qcow2_put_backing(b, s->version == 3 ? 104 : 72, s->backing);
+        qcow2_put_backing(b, s->version == 3 ? 112 : 72, s->backing);
     for (uint64_t i = 0; i < blocks; i++)
         store_be64(b + cluster + i * 8, (1 + table + i) * cluster);
     for (uint64_t i = 0; i < used; i++)

@@ -86,9 +86,10 @@ static inline void log_release(struct sector_log *l)
 
 /* ---- content ---- */
 
+/* Words repeat within a sector, so that clusters of them can be compressed. */
 static inline uint64_t log_word(uint64_t sector, uint64_t value, unsigned i)
 {
-    uint64_t x = (sector + 1) * 0x9e3779b97f4a7c15u ^ (value + i) * 0xbf58476d1ce4e5b9u;
+    uint64_t x = (sector + 1) * 0x9e3779b97f4a7c15u ^ (value + i % 8) * 0xbf58476d1ce4e5b9u;
 
     x ^= x >> 29;
     return (x * 0x94d049bb133111ebu) | 1;
