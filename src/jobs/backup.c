@@ -13,6 +13,8 @@
 #include <string.h>
 
 #define SCRATCH_DIR_DEFAULT "/var/tmp"
+/* A small disk may be written all over before its backup has got far. */
+#define SCRATCH_LEAST       GIB
 #define CBW_TIMEOUT_DEFAULT (30 * NS_PER_S)
 #define END_RETRY_NS        NS_PER_S
 #define MAX_WORKERS_DEFAULT 16
@@ -242,7 +244,8 @@ static struct point_options point_options_of(const struct blockdev_backup_option
         .timeout_ns = o->cbw_timeout ? o->cbw_timeout * NS_PER_S : CBW_TIMEOUT_DEFAULT,
         .ram_bytes = o->cbw_ram,
         .scratch_dir = o->cbw_scratch ? o->cbw_scratch : SCRATCH_DIR_DEFAULT,
-        .scratch_max_bytes = o->has_cbw_scratch_max ? o->cbw_scratch_max : size / 10,
+        .scratch_max_bytes =
+            o->has_cbw_scratch_max ? o->cbw_scratch_max : MAX(size / 10, SCRATCH_LEAST),
     };
 
     return p;

@@ -298,8 +298,8 @@ def test_full_backup_of_a_scattered_disk_leaves_holes(host):
 @pytest.mark.parametrize("options", [
     {},
     {"speed": 12 * MIB},
-    {"speed": 12 * MIB, "cbw-ram": 64 * KIB, "cbw-scratch-max": SIZE, "cbw-latency-bound": 5000},
-    {"speed": 12 * MIB, "cbw-ram": 0, "cbw-scratch-max": SIZE, "cbw-latency-bound": 5000},
+    {"speed": 12 * MIB, "cbw-ram": 64 * KIB, "cbw-latency-bound": 5000},
+    {"speed": 12 * MIB, "cbw-ram": 0, "cbw-latency-bound": 5000},
     {"speed": 12 * MIB, "x-perf": {"max-workers": 1, "max-chunk": 64 * KIB}, "cbw-latency-bound": 5000},
     {"speed": 12 * MIB, "cbw-policy": "backup", "cbw-timeout": 20},
 ])
@@ -679,7 +679,7 @@ def test_target_without_space_fails_the_job_alone(tiny, host):
 def test_target_without_space_pauses_the_job(tiny, host, policy):
     with Writer(host, threads=1) as writer:
         begin = time.monotonic()
-        host.start(on_target_error=policy, cbw_latency_bound=5000, cbw_scratch_max=SIZE)
+        host.start(on_target_error=policy, cbw_latency_bound=5000)
         reply = time.monotonic()
         host.reach("paused")
         assert host.progress()["io-status"] == "nospace" and host.progress()["paused"]

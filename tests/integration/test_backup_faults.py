@@ -62,7 +62,7 @@ def faulty(start, request):
 def test_target_that_hangs(faulty, way, end):
     """The guest goes on with its latency bounded, queries answer, the job and the daemon end; the target is an orphan."""
     with Writer(faulty) as writer:
-        faulty.start(speed=SLOW * 4, cbw_ram=MIB, cbw_scratch_max=SIZE)
+        faulty.start(speed=SLOW * 4, cbw_ram=MIB)
         wait_until(lambda: faulty.progress()["offset"] > 0, "the job to work")
         faulty.stalling.tell(way)
         since = time.monotonic()
@@ -107,7 +107,7 @@ def test_target_that_fails_and_recovers(faulty, error, word):
     """The job pauses, the guest does not; resumed, it copies the instant at which it began."""
     with Writer(faulty) as writer:
         begin = time.monotonic()
-        faulty.start(on_target_error="stop", speed=SLOW * 4, cbw_latency_bound=5000, cbw_scratch_max=SIZE)
+        faulty.start(on_target_error="stop", speed=SLOW * 4, cbw_latency_bound=5000)
         reply = time.monotonic()
         wait_until(lambda: faulty.progress()["offset"] > 0, "the job to work")
         faulty.stalling.tell(f"fail {error}")
@@ -140,7 +140,7 @@ def test_target_beyond_the_limit_of_file_sizes(start, engine):
     resource.prlimit(host.daemon.process.pid, resource.RLIMIT_FSIZE, (2 * SIZE + SIZE // 2, resource.RLIM_INFINITY))
     with Writer(host) as writer:
         begin = time.monotonic()
-        host.start(on_target_error="stop", cbw_latency_bound=5000, cbw_scratch_max=SIZE)
+        host.start(on_target_error="stop", cbw_latency_bound=5000)
         reply = time.monotonic()
         host.reach("paused")
         writer.goes_on(200)
@@ -207,7 +207,7 @@ def test_daemon_is_killed_during_a_backup(doomed, start, kind, moment):
     else:
         host.node("t")
     with Durable(host) as writer:
-        host.start(speed=SLOW, cbw_ram=64 * KIB, cbw_scratch_max=SIZE, cbw_latency_bound=5000)
+        host.start(speed=SLOW, cbw_ram=64 * KIB, cbw_latency_bound=5000)
         scratch = [os.readlink(f"/proc/{host.daemon.process.pid}/fd/{fd}")
                    for fd in os.listdir(f"/proc/{host.daemon.process.pid}/fd")]
         scratch = [path for path in scratch if "cairn-scratch" in path]
