@@ -86,8 +86,8 @@ def _points(data, rows, names, twin):
 def _images(data):
     lines = ["", "## qcow2", "",
              "On one CPU. A cell is as above. `'`: the same once more. `allocate` and `cow`: each write touches a new "
-             "cluster of a new image. `working-set`: reads all over so much of a disk with all its tables; its data "
-             "are holes, which cost less than data, so that the tables weigh more. `virtual-size`: writes to the same "
+             "cluster of a new image. `working-set`: reads all over so much of a disk of 1 TiB, all "
+             "of it data, in the same 512 MiB of the file. `virtual-size`: writes to the same "
              "64 MiB of disks of three sizes. `chain`: the data lie in the last of so many "
              "layers; `wide`: 4 GiB of them (holes).", "",
              "| row | what | figures | A/A: CPU / IOPS |", "|---|---|---|---|"]
