@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Power cuts while a snapshot is made, applied or deleted: after each operation of the disk in turn, so also at each boundary of a
+ * Power cuts while a snapshot is made, applied or deleted, or the disk emptied: after each operation of the disk in turn, so also at each boundary of a
  * flush. What was not flushed is kept, dropped or torn, each write by itself. Then the image is what it was, or what it becomes,
  * with leaks at most, and with COPIED flags that are not set where they might be (SNAP-2); the disk and all snapshots hold what they
  * held; and it can be written on.
@@ -221,6 +221,12 @@ static void test_qcow2_snapshot_crash__while_one_is_applied(void **state)
 {
     (void)state;
     crash_of(MODEL_APPLY);
+}
+
+static void test_qcow2_snapshot_crash__while_the_disk_is_emptied(void **state)
+{
+    (void)state;
+    crash_of(MODEL_EMPTY);
 }
 
 static void test_qcow2_snapshot_crash__while_one_is_deleted(void **state)

@@ -90,6 +90,8 @@ static int operate_once(struct attempt *a, struct error **err)
         return qcow2_co_snapshot_create(m->backend, &how, err);
     if (a->op == MODEL_APPLY)
         return qcow2_co_snapshot_apply(m->backend, m->state.snapshots[0].name, &vm_state, err);
+    if (a->op == MODEL_EMPTY)
+        return qcow2_co_empty(m->backend, err);
     return qcow2_co_snapshot_delete(m->backend, m->state.snapshots[0].name, err);
 }
 
@@ -125,6 +127,8 @@ static void expect(struct attempt *a)
     } else if (a->op == MODEL_DELETE) {
         s->count--;
         memmove(&s->snapshots[0], &s->snapshots[1], s->count * sizeof(s->snapshots[0]));
+    } else if (a->op == MODEL_EMPTY) {
+        memset(s->now.flat, 0, MODEL_SIZE_MAX);
     } else {
         s->snapshots[s->count].disk = s->now;
         (void)snprintf(s->snapshots[s->count].name, sizeof(s->snapshots[0].name), "another");

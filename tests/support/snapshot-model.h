@@ -235,12 +235,23 @@ static inline void model_delete(struct snapshot_model *m, unsigned number)
     s->count--;
 }
 
-enum model_op { MODEL_CREATE, MODEL_APPLY, MODEL_DELETE, MODEL_OPS };
+static inline void model_empty(struct snapshot_model *m)
+{
+    AUTO(error_free) struct error *err = NULL;
+
+    if (qcow2_co_empty(m->backend, &err) < 0) {
+        fprintf(stderr, "empty: %s\n", error_text(err));
+        abort();
+    }
+    memset(m->state.now.flat, 0, MODEL_SIZE_MAX);
+}
+
+enum model_op { MODEL_CREATE, MODEL_APPLY, MODEL_DELETE, MODEL_EMPTY, MODEL_OPS };
 
 /* One of these that is possible. */
 static inline void model_operate(struct snapshot_model *m, enum model_op op)
 {
-    if (m->state.count == 0)
+    if (m->state.count == 0 && op != MODEL_EMPTY)
         op = MODEL_CREATE;
     if (op == MODEL_CREATE && m->state.count == MODEL_SNAPSHOTS)
         op = MODEL_DELETE;
@@ -248,6 +259,8 @@ static inline void model_operate(struct snapshot_model *m, enum model_op op)
         model_create(m);
     else if (op == MODEL_APPLY)
         model_apply(m, (unsigned)prng_below(&m->prng, m->state.count));
+    else if (op == MODEL_EMPTY)
+        model_empty(m);
     else
         model_delete(m, (unsigned)prng_below(&m->prng, m->state.count));
 }

@@ -23,7 +23,8 @@ enum piece_kind { PIECE_DATA, PIECE_ZERO, PIECE_LEFT };
 struct piece {
     enum piece_kind kind;
     const struct image_copy_source *source;
-    uint64_t at; /* in the target */
+    struct backend *backend; /* where data is read from */
+    uint64_t at;             /* in the target */
     uint64_t len;
     uint64_t number;
 };
@@ -65,6 +66,34 @@ static enum piece_kind kind_of(const struct image_copy *c, const struct extent *
     return e->flags & EXTENT_ZERO ? PIECE_ZERO : PIECE_DATA;
 }
 
+/* Of the first layer that holds what is at c->at. Beyond the end of one there is nothing, whatever lies below it. */
+static int co_fn take_from_layers(struct image_copy *c, struct piece *piece)
+{
+    *piece = (struct piece){
+        .kind = PIECE_LEFT, .source = c->sources, .at = c->at, .len = c->size - c->at};
+    for (unsigned i = 0; i < c->layer_count; i++) {
+        struct extent_walk *w = &c->layers[i];
+        uint64_t size = backend_size(w->backend);
+        struct extent e;
+        int r;
+
+        if (c->at >= size) {
+            piece->kind = PIECE_ZERO;
+            return 0;
+        }
+        r = extent_walk_at(w, c->at, MIN(piece->len, size - c->at), &e);
+        if (r < 0)
+            return fail(c, r, "reading block status", c->at);
+        piece->len = e.len;
+        if (e.flags & EXTENT_ALLOCATED) {
+            piece->kind = e.flags & EXTENT_ZERO ? PIECE_ZERO : PIECE_DATA;
+            piece->backend = w->backend;
+            return 0;
+        }
+    }
+    return 0;
+}
+
 /* Of the source's extent at c->at; the rest of the last sector beyond its end is zeroes. */
 static int co_fn take_from(struct image_copy *c, const struct image_copy_source *s,
                            struct piece *piece)
@@ -73,7 +102,13 @@ static int co_fn take_from(struct image_copy *c, const struct image_copy_source 
     struct extent e;
     int r;
 
-    *piece = (struct piece){.kind = PIECE_ZERO, .source = s, .at = c->at, .len = s->size - offset};
+    *piece = (struct piece){
+        .kind = PIECE_ZERO,
+        .source = s,
+        .backend = s->backend,
+        .at = c->at,
+        .len = s->size - offset,
+    };
     if (s->from + offset >= backend_size(s->backend))
         return 0;
     if (s->is_full) { /* a host may walk the whole file to find that there is no hole */
@@ -126,7 +161,7 @@ static int co_fn claim_locked(struct image_copy *c, struct piece *piece)
         s++;
         c->walk.list.count = 0;
     }
-    r = take_from(c, s, piece);
+    r = c->layers ? take_from_layers(c, piece) : take_from(c, s, piece);
     if (r < 0)
         return r;
     if (piece->kind == PIECE_ZERO && !c->sparse)
@@ -158,7 +193,7 @@ static int co_fn read_sectors(const struct piece *p, struct iobuf *buf)
 {
     for (uint64_t done = 0; done < p->len; done += SECTOR) {
         size_t len = (size_t)MIN(p->len - done, (uint64_t)SECTOR);
-        int r = image_co_read(p->source->backend, p->source->from + p->at - p->source->begin + done,
+        int r = image_co_read(p->backend, p->source->from + p->at - p->source->begin + done,
                               buf->data + done, len, buf);
 
         if (r == -ECANCELED)
@@ -174,7 +209,7 @@ static int co_fn read_sectors(const struct piece *p, struct iobuf *buf)
 
 static int co_fn read_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
 {
-    int r = image_co_read(p->source->backend, p->source->from + p->at - p->source->begin, buf->data,
+    int r = image_co_read(p->backend, p->source->from + p->at - p->source->begin, buf->data,
                           (size_t)p->len, buf);
 
     if (r < 0 && r != -ECANCELED && c->salvage)
@@ -329,6 +364,8 @@ static void co_fn work_beside(void *arg)
 
     for (size_t i = 0; r == 0 && i < c->source_count; i++)
         r = backend_attach(c->sources[i].backend);
+    for (unsigned i = 0; r == 0 && i < c->layer_count; i++)
+        r = backend_attach(c->layers[i].backend);
     if (r < 0)
         (void)fail(c, r, "starting", 0);
     else

@@ -35,6 +35,12 @@ struct image_copy {
     size_t source_count;
     struct backend *target;
     const char *target_name;
+    /*
+     * What the target lies below: only what one of these holds is copied, the first one that does, and the one source says how large
+     * all of it is. NULL: what the sources show.
+     */
+    struct extent_walk *layers;
+    unsigned layer_count;
     uint64_t size;    /* what the sources have together, and the target at least */
     uint64_t sparse;  /* runs of zeroes from this length on are left out; 0: all is written */
     uint64_t unit;    /* what the target allocates at once, at least 512 */

@@ -226,7 +226,7 @@ int image_co_backend(struct backend **ret, struct graph *g, const char *node, st
 /* What all nodes of a layer have in common. The user's own words go first. */
 static void set_common(json_t *def, const struct image *image, size_t i)
 {
-    bool writes = i == 0 && (image->flags & IMAGE_WRITE);
+    bool writes = (image->flags & IMAGE_WRITE) && (i == 0 || i == image->base);
 
     if (!writes)
         json_object_set_new(def, "read-only", json_true());
@@ -257,7 +257,7 @@ static int co_fn control_fn open_format_node(struct image *image, size_t i, stru
 {
     struct image_layer *layer = &image->layers[i];
     json_t *def = layer->options ? json_deep_copy(layer->options) : json_object();
-    bool below = !(image->flags & IMAGE_SEPARATE) && i + 1 < image->count;
+    bool below = !(image->flags & IMAGE_SEPARATE) && i >= image->base && i + 1 < image->count;
 
     if (!def)
         return error_set(err, ENOMEM, "no memory");
@@ -402,6 +402,33 @@ static int refuse_loop(const struct image *image, const char *path, struct error
     return 0;
 }
 
+/* Is a layer that was added the base of a commit? -b means the same file as the name in the layer above would. */
+static bool is_base(const struct image *image, size_t i)
+{
+    const struct image_layer *layer = &image->layers[i];
+    AUTO(free_ptr) char *path = NULL;
+    struct stat a;
+    struct stat b;
+
+    if (!(image->flags & IMAGE_COMMIT) || image->base || i == 0)
+        return false;
+    if (!image->base_name || strcmp(image->base_name, layer->filename) == 0)
+        return true;
+    path = image_combine(image->layers[i - 1].path, image->base_name);
+    return layer->path && stat(path, &a) == 0 && stat(layer->path, &b) == 0 &&
+           a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+static int refuse_missing_base(const struct image *image, struct error **err)
+{
+    if (!(image->flags & IMAGE_COMMIT) || image->base)
+        return 0;
+    if (image->base_name)
+        return error_set(err, EINVAL, "Did not find '%s' in the backing chain of '%s'",
+                         image->base_name, image->layers[0].filename);
+    return error_set(err, EINVAL, "Image does not have a backing file");
+}
+
 static struct image_layer *append_layer(struct image *image)
 {
     size_t i = image->count;
@@ -456,6 +483,8 @@ static int co_fn control_fn add_layer(struct image *image, struct wanted *w, str
     layer->file_node = xasprintf("%s%zu.file", image->prefix, i);
     layer->node = w->bare ? layer->file_node : xasprintf("%s%zu", image->prefix, i);
     r = refuse_loop(image, layer->path, err);
+    if (is_base(image, i))
+        image->base = i;
     if (r == 0)
         r = open_file_node(image, i, w->file, err);
     if (r == 0 && w->bare) {
@@ -562,9 +591,11 @@ static int co_fn control_fn open_all(struct image *image, const struct image_spe
     if (r == 0)
         r = resolve_chain(image, &w, err);
     wanted_release(&w);
+    if (r == 0)
+        r = refuse_missing_base(image, err);
     if (r == 0 && !(image->flags & IMAGE_HEADERS))
         r = open_formats(image, err);
-    if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE)))
+    if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE | IMAGE_COMMIT)))
         r = open_backend(image, err);
     return r;
 }
@@ -574,7 +605,12 @@ int image_co_open(struct image *image, struct graph *g, const char *prefix,
 {
     int r;
 
-    *image = (struct image){.graph = g, .prefix = xstrdup(prefix), .flags = spec->flags};
+    *image = (struct image){
+        .graph = g,
+        .prefix = xstrdup(prefix),
+        .flags = spec->flags,
+        .base_name = spec->base,
+    };
     r = open_all(image, spec, err);
     if (r < 0) {
         image_co_close(image);

@@ -31,6 +31,9 @@ enum image_flags {
     IMAGE_HEADERS = 1 << 4,    /* formats are not opened, only their headers are read; no backend */
     IMAGE_DIRECT = 1 << 5,     /* past the host's page cache */
     IMAGE_NO_FLUSH = 1 << 6,   /* flushes are not done */
+    IMAGE_COMMIT =
+        1
+        << 7, /* the layers above the base alone; IMAGE_WRITE is for the top and the base; no backend */
 };
 
 /* How an image is named on the command line. */
@@ -38,6 +41,7 @@ struct image_spec {
     const char *name;
     const char *format; /* NULL: it is probed */
     bool options;       /* `name` is options (--image-opts) */
+    const char *base;   /* of IMAGE_COMMIT; NULL: the layer below the top */
     unsigned flags;
 };
 
@@ -64,6 +68,8 @@ struct image {
     struct image_layer *layers;
     size_t count;
     unsigned flags;
+    const char *base_name;
+    size_t base; /* of IMAGE_COMMIT: a layer; 0: it was not found yet, or there is none */
     struct backend *backend; /* on the top */
 };
 

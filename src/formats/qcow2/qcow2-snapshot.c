@@ -451,6 +451,7 @@ struct application {
     struct qcow2_room room;
     struct qcow2_counts more;
     struct qcow2_counts less;
+    const char *done; /* what to say when only giving space back fails */
 };
 
 /* From one disk to the other: size and L1 table are one write. */
@@ -503,13 +504,21 @@ static int co_fn apply_counted(struct snap *s, struct application *a)
     r = snap_change_counts(s, &a->less, SNAP_LOWER, false); /* SNAP-5; nothing new is used once */
     if (r == 0)
         snap_give_back_free(s, &a->less);
-    return r < 0 ? error_wrap(s->err, r, "the snapshot is applied, but space leaks") : 0;
+    return r < 0 ? error_wrap(s->err, r, "%s, but space leaks", a->done) : 0;
+}
+
+/* What is used for the disk alone. */
+static int co_fn tally_active(struct snap *s, struct qcow2_counts *c)
+{
+    uint64_t l1_bytes = (uint64_t)s->q->map.l1_size * QCOW2_ENTRY_LEN;
+    int r = snap_tally_l1(s, c, snap_active_l1(s->q));
+
+    return r == 0 && l1_bytes ? snap_tally(s, c, s->q->map.l1_offset, l1_bytes) : r;
 }
 
 static int co_fn prepare_application(struct snap *s, const struct qcow2_snapshot *sn,
                                      struct application *a)
 {
-    uint64_t l1_bytes = (uint64_t)s->q->map.l1_size * QCOW2_ENTRY_LEN;
     uint64_t entries;
     int r;
 
@@ -520,17 +529,22 @@ static int co_fn prepare_application(struct snap *s, const struct qcow2_snapshot
     r = snap_read_l1(s, sn, (uint32_t)entries, &a->l1); /* the state of a machine lies beyond */
     if (r == 0)
         r = snap_tally_l1(s, &a->more, a->l1);
-    if (r == 0)
-        r = snap_tally_l1(s, &a->less, snap_active_l1(s->q));
-    if (r == 0 && l1_bytes)
-        r = snap_tally(s, &a->less, s->q->map.l1_offset, l1_bytes);
-    return r;
+    return r == 0 ? tally_active(s, &a->less) : r;
+}
+
+static void release_application(struct application *a)
+{
+    qcow2_room_release(&a->room);
+    free(a->l1.v);
+    qcow2_counts_release(&a->more);
+    qcow2_counts_release(&a->less);
 }
 
 static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_state)
 {
     struct application a = {.more = {.memory_max = MEMORY_MAX / 2},
-                            .less = {.memory_max = MEMORY_MAX / 2}};
+                            .less = {.memory_max = MEMORY_MAX / 2},
+                            .done = "the snapshot is applied"};
     const struct qcow2_snapshot *sn = find_id(s, id_or_name);
     int r;
 
@@ -542,10 +556,24 @@ static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_stat
     r = prepare_application(s, sn, &a);
     if (r == 0)
         r = apply_counted(s, &a);
-    qcow2_room_release(&a.room);
-    free(a.l1.v);
-    qcow2_counts_release(&a.more);
-    qcow2_counts_release(&a.less);
+    release_application(&a);
+    return r;
+}
+
+/* A snapshot that has nothing is applied. */
+static int co_fn empty(struct snap *s)
+{
+    struct application a = {.less = {.memory_max = MEMORY_MAX},
+                            .size = node_size(s->q->node),
+                            .done = "the image is empty"};
+    int r;
+
+    a.l1.count = s->q->map.l1_size;
+    a.l1.v = try_new_n(uint64_t, (size_t)a.l1.count + 1);
+    r = a.l1.v ? tally_active(s, &a.less) : snap_failed(s, -ENOMEM, "make tables");
+    if (r == 0)
+        r = apply_counted(s, &a);
+    release_application(&a);
     return r;
 }
 
@@ -595,6 +623,19 @@ int qcow2_co_snapshot_apply(struct backend *b, const char *id_or_name, bool *ret
 
     if (r == 0)
         r = apply(&s, id_or_name, ret_vm_state);
+    end(&s);
+    return r;
+}
+
+int qcow2_co_empty(struct backend *b, struct error **err)
+{
+    struct pass pass = {0};
+    struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
+    struct snap s = {.by = &by, .err = err};
+    int r = begin(&s, b);
+
+    if (r == 0)
+        r = empty(&s);
     end(&s);
     return r;
 }
