@@ -195,15 +195,23 @@ static int wanted_from_name(struct wanted *w, const char *name, const char *form
 
 /* ---- nodes ---- */
 
-int image_co_add_node(struct graph *g, json_t *definition, struct error **err)
+/* Takes the definition. */
+static int read_definition(json_t *definition, struct node_options *ret, struct error **err)
 {
-    struct node_options options;
     int r;
 
     if (!definition)
         return error_set(err, EINVAL, "a path is not UTF-8");
-    r = json_in(&node_options_type, definition, JSON_IN_COMMAND_LINE, "", &options, err);
+    r = json_in(&node_options_type, definition, JSON_IN_COMMAND_LINE, "", ret, err);
     json_decref(definition);
+    return r;
+}
+
+int image_co_add_node(struct graph *g, json_t *definition, struct error **err)
+{
+    struct node_options options;
+    int r = read_definition(definition, &options, err);
+
     if (r < 0)
         return r;
     r = graph_co_add(g, &options, err);
@@ -253,14 +261,14 @@ static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t
     return image_co_add_node(image->graph, def, err);
 }
 
-static int co_fn control_fn open_format_node(struct image *image, size_t i, struct error **err)
+static json_t *format_definition(const struct image *image, size_t i)
 {
-    struct image_layer *layer = &image->layers[i];
+    const struct image_layer *layer = &image->layers[i];
     json_t *def = layer->options ? json_deep_copy(layer->options) : json_object();
     bool below = !(image->flags & IMAGE_SEPARATE) && i >= image->base && i + 1 < image->count;
 
     if (!def)
-        return error_set(err, ENOMEM, "no memory");
+        return NULL;
     json_object_set_new(def, "driver", json_string(layer->format));
     json_object_set_new(def, "node-name", json_string(layer->node));
     json_object_set_new(def, "file", json_string(layer->file_node));
@@ -268,7 +276,21 @@ static int co_fn control_fn open_format_node(struct image *image, size_t i, stru
         json_object_set_new(def, "backing",
                             below ? json_string(image->layers[i + 1].node) : json_null());
     set_common(def, image, i);
-    return image_co_add_node(image->graph, def, err);
+    return def;
+}
+
+/* Are the options such as its driver has? They are not needed. */
+static int check_format_options(const struct image *image, struct error **err)
+{
+    struct node_options options;
+    int r;
+
+    if (!image->layers[0].options || !image_format_known(image->layers[0].format))
+        return 0;
+    r = read_definition(format_definition(image, 0), &options, err);
+    if (r == 0)
+        schema_free(&node_options_type, &options);
+    return r;
 }
 
 /* ---- what a file holds ---- */
@@ -335,7 +357,7 @@ int image_co_flush(struct backend *b)
 }
 
 static int co_fn look_at_bytes(struct image_layer *layer, const uint8_t *bytes, size_t len,
-                               struct error **err)
+                               unsigned flags, struct error **err)
 {
     int r;
 
@@ -343,6 +365,8 @@ static int co_fn look_at_bytes(struct image_layer *layer, const uint8_t *bytes, 
         layer->format = xstrdup(layers_probe(layer->path ? layer->path : "", bytes, len));
         layer->probed = true;
     }
+    if (flags & IMAGE_FILE)
+        return 0;
     if (strcmp(layer->format, "qcow2") != 0) {
         if (!image_format_known(layer->format))
             return error_set(err, ENOTSUP, "'%s': format '%s' is not supported", layer->filename,
@@ -376,7 +400,7 @@ static int co_fn control_fn look_at(struct image *image, size_t i, struct error 
     if (r < 0)
         r = error_set(err, -r, "cannot read '%s': %s", layer->filename, strerror(-r));
     else
-        r = look_at_bytes(layer, buf->data, len, err);
+        r = look_at_bytes(layer, buf->data, len, image->flags, err);
     iobuf_unref(buf);
     (void)backend_co_free(b);
     return r;
@@ -532,7 +556,7 @@ static int co_fn control_fn resolve_chain(struct image *image, struct wanted *w,
 {
     int r = add_layer(image, w, err);
 
-    while (r == 0 && !(image->flags & IMAGE_NO_BACKING)) {
+    while (r == 0 && !(image->flags & (IMAGE_NO_BACKING | IMAGE_FILE))) {
         struct wanted next = {.file = NULL};
 
         r = next_layer(image, &next, err);
@@ -555,7 +579,7 @@ static int co_fn control_fn open_formats(struct image *image, struct error **err
         int r = 0;
 
         if (image->layers[i].node != image->layers[i].file_node)
-            r = open_format_node(image, i, err);
+            r = image_co_add_node(image->graph, format_definition(image, i), err);
         if (r < 0)
             return r;
     }
@@ -586,13 +610,16 @@ static int co_fn control_fn open_all(struct image *image, const struct image_spe
         r = spec->options && !has_protocol(spec->name, "json")
                 ? wanted_from_text(&w, spec->name, NULL, err)
                 : wanted_from_name(&w, spec->name, spec->format, err);
-    if (r == 0 && w.format && !w.bare && !image_format_known(w.format))
+    if (r == 0 && w.format && !w.bare && !(image->flags & IMAGE_FILE) &&
+        !image_format_known(w.format))
         r = error_set(err, ENOTSUP, "format '%s' is not supported", w.format);
     if (r == 0)
         r = resolve_chain(image, &w, err);
     wanted_release(&w);
     if (r == 0)
         r = refuse_missing_base(image, err);
+    if (r == 0 && image->flags & IMAGE_FILE)
+        return check_format_options(image, err);
     if (r == 0 && !(image->flags & IMAGE_HEADERS))
         r = open_formats(image, err);
     if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE | IMAGE_COMMIT)))

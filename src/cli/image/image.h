@@ -34,6 +34,7 @@ enum image_flags {
     IMAGE_COMMIT =
         1
         << 7, /* the layers above the base alone; IMAGE_WRITE is for the top and the base; no backend */
+    IMAGE_FILE = 1 << 8, /* the top's file alone: only the format is looked for; no backend */
 };
 
 /* How an image is named on the command line. */

@@ -1,25 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* cairn check: is an image sound? Repairs it on demand. What it prints, and its exit status, are those of `qemu-img check`. */
-#include "base/alloc.h"
-#include "base/json-in.h"
-#include "base/keyval.h"
-#include "base/macros.h"
 #include "cli/cli.h"
-#include "cli/layers.h"
+#include "cli/image/image.h"
 #include "formats/list.h"
 #include "formats/qcow2/qcow2-check.h"
 #include "graph/backend.h"
 #include "graph/graph.h"
 #include "loop/loop.h"
 #include "protocols/list.h"
-#include "schema-types.h"
 
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 /* As the peer's. */
 enum check_status {
@@ -30,9 +24,6 @@ enum check_status {
     CHECK_NOT_SUPPORTED = 63,
 };
 
-#define FILE_NODE "image-file"
-#define PROBE_LEN ((size_t)64 << 10)
-
 struct check_command {
     const char *name;
     const char *format;
@@ -42,135 +33,34 @@ struct check_command {
     bool no_output;
     struct qcow2_check_options options;
 
-    json_t *file;      /* the definition of the node that holds the image */
-    char *file_format; /* what the name says of the format; NULL: nothing */
-    enum json_in_mode mode;
     struct graph *graph;
-    struct backend *backend;
+    struct image image;
     struct qcow2_check_result result;
     enum check_status status;
     int r;
     struct error *error;
 };
 
-/* ---- the image's name ---- */
-
-static const char *driver_for(const char *path)
-{
-    struct stat st;
-
-    return stat(path, &st) == 0 && S_ISBLK(st.st_mode) ? "host_device" : "file";
-}
-
-static int name_plain(struct check_command *c, struct error **err)
-{
-    const char *path = strncmp(c->name, "file:", 5) == 0 ? c->name + 5 : c->name;
-
-    c->mode = JSON_IN_STRICT;
-    c->file = json_pack("{s:s, s:s}", "driver", driver_for(path), "filename", path);
-    return c->file ? 0 : error_set(err, EINVAL, "'%s' is not UTF-8", c->name);
-}
-
-/* A tree that defines either an image, with its file inside, or that file alone. Borrows the tree. */
-static int name_tree(struct check_command *c, json_t *tree, struct error **err)
-{
-    json_t *file = json_object_get(tree, "file");
-    json_t *driver = json_object_get(tree, "driver");
-    const char *key;
-    json_t *value;
-
-    if (!file) {
-        c->file = json_incref(tree);
-        if (!driver)
-            json_object_set_new(tree, "driver", json_string("file"));
-        return 0;
-    }
-    json_object_foreach(tree, key, value)
-    {
-        if (strcmp(key, "file") != 0 && strcmp(key, "driver") != 0)
-            return error_set(err, EINVAL, "option '%s' means nothing to a check: leave it out",
-                             key);
-    }
-    if (!json_is_object(file))
-        return error_set(err, EINVAL, "`file` is not a definition of a node");
-    c->file_format = driver ? xstrdup(json_string_value(driver) ?: "") : NULL;
-    c->file = json_incref(file);
-    if (!json_object_get(file, "driver"))
-        json_object_set_new(
-            file, "driver",
-            json_string(driver_for(json_string_value(json_object_get(file, "filename")) ?: "")));
-    return 0;
-}
-
-static int read_name(struct check_command *c, struct error **err)
-{
-    const char *text = c->name;
-    json_t *tree;
-    int r;
-
-    if (!c->image_options && strncmp(text, "json:", 5) != 0)
-        return name_plain(c, err);
-    if (!c->image_options)
-        text += 5;
-    r = keyval_load(text, NULL, &tree, &c->mode, err);
-    if (r < 0)
-        return r;
-    r = json_is_object(tree) ? name_tree(c, tree, err)
-                             : error_set(err, EINVAL, "'%s' is no definition of a node", text);
-    json_decref(tree);
-    return r;
-}
-
 /* ---- opening ---- */
-
-static json_t *flag(const struct check_command *c, bool value)
-{
-    if (c->mode == JSON_IN_STRICT)
-        return json_boolean(value);
-    return json_string(value ? "on" : "off");
-}
 
 static int co_fn control_fn open_file(struct check_command *c, struct error **err)
 {
     bool repair = c->options.repair != QCOW2_REPAIR_NOTHING;
+    struct image_spec spec = {
+        .name = c->name,
+        .format = c->format,
+        .options = c->image_options,
+        .flags = IMAGE_FILE | (repair ? IMAGE_WRITE : 0) | (c->share ? IMAGE_SHARE : 0),
+    };
     struct access access = {
         .wants = ACCESS_READ | (repair ? ACCESS_WRITE | ACCESS_RESIZE : 0),
         .tolerates = c->share ? ACCESS_ALL : ACCESS_READ | ACCESS_WRITE_UNCHANGED,
     };
-    struct node_options options;
-    int r;
+    int r = image_co_open(&c->image, c->graph, "c", &spec, err);
 
-    json_object_set_new(c->file, "node-name", json_string(FILE_NODE));
-    json_object_set_new(c->file, "read-only", flag(c, !repair));
-    if (c->share)
-        json_object_set_new(c->file, "force-share", flag(c, true));
-    r = json_in(&node_options_type, c->file, c->mode, "", &options, err);
-    if (r < 0)
-        return r;
-    r = graph_co_add(c->graph, &options, err);
-    schema_free(&node_options_type, &options);
     if (r == 0)
-        r = backend_co_new(&c->backend, c->graph, FILE_NODE, access, "check", err);
-    if (r == 0 && (r = backend_attach(c->backend)) < 0)
-        (void)error_set(err, -r, "no memory");
-    return r;
-}
-
-static int co_fn probe(struct check_command *c, const char **ret, struct error **err)
-{
-    size_t len = (size_t)MIN(backend_size(c->backend), (uint64_t)PROBE_LEN);
-    struct iobuf *b = iobuf_new(PROBE_LEN);
-    struct iovec iov = {b ? b->data : NULL, len};
-    struct request req = {.kind = REQUEST_READ, .len = len, .iov = &iov, .iov_count = 1, .hold = b};
-    int r = b ? 0 : -ENOMEM;
-
-    if (r == 0 && len)
-        r = backend_co_request(c->backend, &req);
-    if (r < 0)
-        (void)error_set(err, -r, "cannot read '%s': %s", c->name, strerror(-r));
-    else
-        *ret = layers_probe(c->name, b->data, len);
-    iobuf_unref(b);
+        r = image_co_backend(&c->image.backend, c->graph, c->image.layers[0].file_node, access,
+                             err);
     return r;
 }
 
@@ -199,18 +89,16 @@ static enum check_status status_of(const struct qcow2_check_result *r)
 
 static int co_fn control_fn check_file(struct check_command *c, struct error **err)
 {
-    const char *format = c->format ? c->format : c->file_format;
     int r = open_file(c, err);
 
-    if (r == 0 && !format)
-        r = probe(c, &format, err);
     if (r < 0)
-        return error_wrap(err, r, "cannot open '%s'", c->name);
-    if (strcmp(format, "qcow2") != 0) {
+        return r;
+    if (strcmp(image_format(&c->image), "qcow2") != 0) {
         c->status = CHECK_NOT_SUPPORTED;
-        return error_set(err, ENOTSUP, "images of format '%s' cannot be checked", format);
+        return error_set(err, ENOTSUP, "images of format '%s' cannot be checked",
+                         image_format(&c->image));
     }
-    r = qcow2_co_check(c->backend, &c->options, &c->result, err);
+    r = qcow2_co_check(c->image.backend, &c->options, &c->result, err);
     if (r < 0)
         return error_wrap(err, r, "cannot check '%s'", c->name);
     c->status = status_of(&c->result);
@@ -224,7 +112,7 @@ static void co_fn control_fn body(void *arg)
 
     c->graph = graph_new(drivers);
     c->r = check_file(c, &c->error);
-    c->backend = backend_co_free(c->backend);
+    image_co_close(&c->image);
     c->graph = graph_co_free(c->graph);
 }
 
@@ -300,10 +188,7 @@ static void print_text(const struct qcow2_check_result *r)
 
 static int run(struct check_command *c, struct error **err)
 {
-    int r = read_name(c, err);
-
-    if (r == 0)
-        r = loop_run_main(LOOP_ENGINE_AUTO, "check", body, c, err);
+    int r = loop_run_main(LOOP_ENGINE_AUTO, "check", body, c, err);
     if (r < 0)
         return r;
     if (c->r < 0) {
@@ -418,8 +303,6 @@ static int check_run(int argc, char **argv, struct error **err)
         cli_catch_signals();
         r = run(&c, err);
     }
-    json_decref(c.file);
-    free(c.file_format);
     /* The status of a wrong call is another one elsewhere; here that means damage. */
     cli_set_exit_status(r == 0 || c.status == CHECK_NOT_SUPPORTED ? (int)c.status
                                                                   : (int)CHECK_FAILED);
