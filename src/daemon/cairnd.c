@@ -243,7 +243,7 @@ static int co_fn control_fn set_up_steps(struct daemon *d, struct error **err)
     if (d->options->pidfile) {
         r = process_write_pidfile(d->options->pidfile, err);
         if (r < 0)
-            return r;
+            return error_wrap(err, r, "--pidfile %s", d->options->pidfile);
     }
     return start_monitors(d, err);
 }
@@ -418,8 +418,10 @@ static int run(const char *program, const struct options *o)
     list_init(&d.channels);
     process_block_signals();
     process_raise_limits();
-    if (o->daemonize && process_daemonize(&err) < 0)
+    if (o->daemonize && process_daemonize(&err) < 0) {
+        (void)error_wrap(&err, -1, "--daemonize");
         return say_error(program, &err);
+    }
     if (loop_run_main(o->engine, "control", daemon_main, &d, &err) < 0)
         return say_error(program, &err);
     if (d.error)

@@ -5,6 +5,7 @@
 #include "base/keyval.h"
 #include "base/macros.h"
 #include "base/number.h"
+#include "daemon/process.h"
 #include "graph/change.h"
 #include "option-help.h"
 #include "schema-types.h"
@@ -12,7 +13,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,7 +20,6 @@
 #define IO_THREADS_MAX   32
 #define COPY_THREADS_MAX 16
 /* When nothing is said: no more than this, however many CPUs there are. */
-#define IO_THREADS_USUAL   4
 #define COPY_THREADS_USUAL 1
 /* A day. */
 #define CHANGE_DEADLINE_MAX_S 86400
@@ -121,14 +120,6 @@ static int read_number(const char *option, const char *text, uint64_t max, uint6
     return 0;
 }
 
-static unsigned usual_io_threads(void)
-{
-    cpu_set_t cpus;
-    int count = sched_getaffinity(0, sizeof(cpus), &cpus) < 0 ? 1 : CPU_COUNT(&cpus);
-
-    return MIN((unsigned)count, (unsigned)IO_THREADS_USUAL);
-}
-
 static int read_option(struct options *o, int opt, const char *word, struct error **err)
 {
     uint64_t number;
@@ -181,7 +172,7 @@ int options_parse(struct options *ret, int argc, char **argv, struct error **err
 {
     struct options o = {
         .engine = LOOP_ENGINE_AUTO,
-        .io_threads = usual_io_threads(),
+        .io_threads = process_usual_io_threads(),
         .copy_threads = COPY_THREADS_USUAL,
         .change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS,
         .allowed = xnew_n(const char *, (size_t)MAX(argc, 1)),
@@ -243,6 +234,6 @@ char *options_help(const char *program)
         "  --allow DIR           let images refer to files in DIR and below it; may be repeated\n"
         "  -V, --version         say the version and exit\n"
         "  -h, --help            say this and exit\n",
-        program, option_help, usual_io_threads(), COPY_THREADS_USUAL,
+        program, option_help, process_usual_io_threads(), COPY_THREADS_USUAL,
         (unsigned)(CHANGE_DEADLINE_DEFAULT_NS / NS_PER_S));
 }

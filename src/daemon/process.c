@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -18,6 +19,8 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#define IO_THREADS_USUAL 4
 
 static const char *log_name;
 
@@ -38,6 +41,14 @@ void process_log_to_stderr(const char *program)
 {
     log_name = program;
     log_set_hook(log_to_stderr, LOG_INFO);
+}
+
+unsigned process_usual_io_threads(void)
+{
+    cpu_set_t cpus;
+    int count = sched_getaffinity(0, sizeof(cpus), &cpus) < 0 ? 1 : CPU_COUNT(&cpus);
+
+    return MIN((unsigned)count, (unsigned)IO_THREADS_USUAL);
 }
 
 void process_raise_limits(void)
@@ -74,14 +85,14 @@ int process_daemonize(struct error **err)
     pid_t pid;
 
     if (pipe2(fds, O_CLOEXEC) < 0)
-        return error_set(err, errno, "--daemonize: cannot make a pipe: %s", strerror(errno));
+        return error_set(err, errno, "cannot make a pipe: %s", strerror(errno));
     pid = fork();
     if (pid < 0) {
         int errnum = errno;
 
         close(fds[0]);
         close(fds[1]);
-        return error_set(err, errnum, "--daemonize: cannot make a process: %s", strerror(errnum));
+        return error_set(err, errnum, "cannot make a process: %s", strerror(errnum));
     }
     if (pid > 0) {
         close(fds[1]);
@@ -92,7 +103,7 @@ int process_daemonize(struct error **err)
     /* One that leads no session gets no controlling terminal, whatever it opens. */
     pid = fork();
     if (pid < 0)
-        return error_set(err, errno, "--daemonize: cannot make a process: %s", strerror(errno));
+        return error_set(err, errno, "cannot make a process: %s", strerror(errno));
     if (pid > 0)
         _exit(0);
     waiting_fd = fds[1];
@@ -124,14 +135,14 @@ static int open_locked(const char *path, struct error **err)
     int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
 
     if (fd < 0)
-        return error_set(err, errno, "--pidfile %s: %s", path, strerror(errno));
+        return error_set(err, errno, "%s", strerror(errno));
     if (fcntl(fd, F_SETLK, &lock) < 0) {
         int errnum = errno;
 
         close(fd);
         if (errnum == EAGAIN || errnum == EACCES)
-            return error_set(err, EAGAIN, "--pidfile %s: another process has it", path);
-        return error_set(err, errnum, "--pidfile %s: cannot lock it: %s", path, strerror(errnum));
+            return error_set(err, EAGAIN, "another process has it");
+        return error_set(err, errnum, "cannot lock it: %s", strerror(errnum));
     }
     return fd;
 }
@@ -149,7 +160,7 @@ int process_write_pidfile(const char *path, struct error **err)
 
         (void)unlink(path); /* what it holds is of no use */
         close(fd);
-        return error_set(err, errnum, "--pidfile %s: cannot write it: %s", path, strerror(errnum));
+        return error_set(err, errnum, "cannot write it: %s", strerror(errnum));
     }
     pidfile_fd = fd;
     pidfile_path = xstrdup(path);

@@ -8,10 +8,15 @@
 /* Log lines go to standard error, each after this name. The name is borrowed. */
 void process_log_to_stderr(const char *program);
 
+/* How many threads serve clients where nobody says it: a few, not more than there are processors for this process. */
+unsigned process_usual_io_threads(void);
+
 /* As many open files as the host allows. */
 void process_raise_limits(void);
 
 /*
+ * The callers' errors say by which option it was asked for.
+ *
  * Goes to the background: the caller goes on in a new process, and the old one waits. It ends with status 0 at
  * process_detach(), with status 1 if the new one ends before. No thread runs yet. The new process still has the standard
  * error of the old one, for what goes wrong.

@@ -235,8 +235,8 @@ int exports_del(struct exports *all, const char *id, bool hard, struct error **e
     return 0;
 }
 
-int exports_co_nbd_start(struct exports *all, const struct socket_address *address,
-                         unsigned max_connections, struct error **err)
+int exports_co_nbd_listen(struct exports *all, const struct socket_address *address,
+                          unsigned max_connections, struct error **err)
 {
     int r;
 
@@ -250,6 +250,27 @@ int exports_co_nbd_start(struct exports *all, const struct socket_address *addre
                             err);
     all->nbd_starting = false;
     return r;
+}
+
+void exports_nbd_accept(struct exports *all)
+{
+    nbd_server_accept(all->nbd);
+}
+
+int exports_co_nbd_start(struct exports *all, const struct socket_address *address,
+                         unsigned max_connections, struct error **err)
+{
+    int r = exports_co_nbd_listen(all, address, max_connections, err);
+
+    if (r == 0)
+        exports_nbd_accept(all);
+    return r;
+}
+
+void exports_nbd_on_idle(struct exports *all, exports_idle_fn *fn, void *arg)
+{
+    all->nbd->idle = fn;
+    all->nbd->idle_arg = arg;
 }
 
 static void co_fn control_fn wait_for_additions(struct exports *all)

@@ -34,9 +34,20 @@ int co_fn control_fn exports_co_add(struct exports *all, const struct export_opt
  */
 int control_fn exports_del(struct exports *all, const char *id, bool hard, struct error **err);
 
-/* Starts the one NBD server. max_connections 0: no limit; more wait to be accepted. -EEXIST if there is one. */
+/*
+ * Starts the one NBD server. max_connections 0: no limit; more wait to be accepted. -EEXIST if there is one. What has listened
+ * only has it accept nobody yet: who comes to be served must find the exports.
+ */
+int co_fn control_fn exports_co_nbd_listen(struct exports *all,
+                                           const struct socket_address *address,
+                                           unsigned max_connections, struct error **err);
+void control_fn exports_nbd_accept(struct exports *all);
+/* Both. */
 int co_fn control_fn exports_co_nbd_start(struct exports *all, const struct socket_address *address,
                                           unsigned max_connections, struct error **err);
+/* fn(arg) is called, on the control thread, when the last client has gone, if it had come as far as an export. */
+typedef void exports_idle_fn(void *arg);
+void control_fn exports_nbd_on_idle(struct exports *all, exports_idle_fn *fn, void *arg);
 /* Disconnects its clients and removes its exports. -ENOENT if there is none. */
 int co_fn control_fn exports_co_nbd_stop(struct exports *all, struct error **err);
 

@@ -154,9 +154,35 @@ static int listen_inet(struct io_op *op)
     return r;
 }
 
+/* It listens already. */
+static int listen_inherited(struct io_op *op)
+{
+    int fd = op->address->fd;
+    int listens = 0;
+    socklen_t len = sizeof(listens);
+
+    if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) < 0)
+        return -errno;
+    if (!listens)
+        return -EINVAL;
+    /* Operations of a ring wait only on descriptors that block. */
+    if (fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK))
+        return -errno;
+    *op->ret_socket = real_socket_new(op->loop->engine, fd);
+    return 0;
+}
+
 int64_t real_listen(struct io_op *op)
 {
-    return op->address->family == SOCKET_UNIX ? listen_unix(op) : listen_inet(op);
+    switch (op->address->family) {
+    case SOCKET_UNIX:
+        return listen_unix(op);
+    case SOCKET_INET:
+        return listen_inet(op);
+    case SOCKET_INHERITED:
+        return listen_inherited(op);
+    }
+    return -EINVAL;
 }
 
 /* Connects without blocking for longer than the deadline. */

@@ -14,6 +14,8 @@ static char *address_text(const struct socket_address *a)
 {
     if (a->family == SOCKET_UNIX)
         return xasprintf("unix:%s", a->path);
+    if (a->family == SOCKET_INHERITED)
+        return xasprintf("descriptor %d", a->fd);
     return xasprintf("%s:%s", a->host ? a->host : "", a->port ? a->port : "");
 }
 

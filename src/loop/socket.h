@@ -16,13 +16,14 @@
 
 struct socket;
 
-enum socket_family { SOCKET_UNIX, SOCKET_INET };
+enum socket_family { SOCKET_UNIX, SOCKET_INET, SOCKET_INHERITED };
 
 struct socket_address {
     enum socket_family family;
     const char *path; /* SOCKET_UNIX: at most 107 bytes */
     const char *host; /* SOCKET_INET: name or address; "" or NULL to listen on all */
     const char *port; /* SOCKET_INET: number or service */
+    int fd; /* SOCKET_INHERITED: what whoever started the process has left it, to listen on only; it is taken */
 };
 
 /*

@@ -39,7 +39,8 @@ static inline void count_deleted(const char *id, void *arg)
     w->deleted++;
 }
 
-static inline void world_begin(struct world *w, const char *socket_path)
+/* It listens only: exports_nbd_accept() is left to the test. */
+static inline void world_begin_closed(struct world *w, const char *socket_path)
 {
     struct loop *loops[LOOPS];
     struct error *err = NULL;
@@ -51,7 +52,13 @@ static inline void world_begin(struct world *w, const char *socket_path)
     }
     w->graph = graph_new(drivers);
     w->exports = exports_new(w->graph, loops, LOOPS, count_deleted, w);
-    check(exports_co_nbd_start(w->exports, &w->address, 0, &err) == 0);
+    check(exports_co_nbd_listen(w->exports, &w->address, 0, &err) == 0);
+}
+
+static inline void world_begin(struct world *w, const char *socket_path)
+{
+    world_begin_closed(w, socket_path);
+    exports_nbd_accept(w->exports);
 }
 
 static inline void world_end(struct world *w)

@@ -107,6 +107,7 @@ static void bare_begin(struct bare *b, const char *node)
     check(loop_thread_start(&b->thread, "io", &err) == 0);
     b->loops[0] = loop_thread_loop(b->thread);
     check(nbd_server_co_start(&b->server, &b->address, 0, b->loops, 1, &err) == 0);
+    nbd_server_accept(b->server);
     b->export.name = (char *)(uintptr_t) "disk";
     b->export.writable = true;
     check(backend_co_new(&b->export.backend, b->graph, "n", access, "test", &err) == 0);
@@ -394,4 +395,64 @@ static void test_nbd__stopping_meets_exports_that_come(void **state)
         assert_int_equal(sim_run(&o, stop_meets_adding, &seed), SIM_RETURNED);
         sim_disk_free(d);
     }
+}
+
+/* ---- the first client and the last one (NBD-4) ---- */
+
+static void count_idle(void *arg)
+{
+    ++*(unsigned *)arg;
+}
+
+/* Until the server has seen what the clients did. */
+static void settle(void)
+{
+    pause_ns(200 * NS_PER_MS);
+}
+
+static void come_and_go(void *arg)
+{
+    uint8_t hello[18];
+    unsigned idle = 0;
+    struct world w;
+    struct socket *early;
+    struct socket *late;
+
+    (void)arg;
+    world_begin_closed(&w, SOCKET);
+    exports_nbd_on_idle(w.exports, count_idle, &idle);
+    early = must_connect(&w.address);
+    check(socket_co_recv(early, hello, 1, loop_clock() + 5 * NS_PER_S) == -ETIMEDOUT);
+    must_add(w.graph, "{'driver':'null-co','node-name':'n'}");
+    world_export(&w, "n");
+    exports_nbd_accept(w.exports);
+    check(handshake(early, true, false) == 0);
+
+    /* One that never came to the export does not count, whether another is there or not. */
+    late = must_connect(&w.address);
+    check(wire_recv(late, hello, sizeof(hello)) == 0);
+    socket_free(late);
+    settle();
+    check(idle == 0);
+    late = must_connect(&w.address);
+    check(handshake(late, true, false) == 0);
+    socket_free(early);
+    settle();
+    check(idle == 0); /* the other one is still there */
+    socket_free(late);
+    settle();
+    check(idle == 1);
+    late = must_connect(&w.address);
+    check(wire_recv(late, hello, sizeof(hello)) == 0);
+    socket_free(late);
+    settle();
+    check(idle == 1);
+    world_end(&w);
+}
+
+static void test_nbd__nobody_comes_too_early_and_the_last_one_is_told(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        run_sim(seed, come_and_go, NULL);
 }

@@ -83,8 +83,10 @@ static void co_fn connection_run(void *arg)
 {
     struct nbd_connection *c = arg;
 
-    if (nbd_co_handshake(c) == 0)
+    if (nbd_co_handshake(c) == 0) {
+        c->served = true;
         nbd_co_transmission(c);
+    }
     c->socket = socket_free(c->socket);
 }
 
@@ -92,6 +94,7 @@ static void co_fn connection_run(void *arg)
 static void free_if_over(struct nbd_connection *c)
 {
     struct nbd_server *server = c->server;
+    bool served = c->served;
 
     if (!c->ended || c->shutdown_out)
         return;
@@ -103,6 +106,8 @@ static void free_if_over(struct nbd_connection *c)
     if (!server->connection_count && server->empty_wait && !server->empty_wait->ended)
         co_wait_end(server->empty_wait, 0);
     free(c);
+    if (served && !server->connection_count && server->idle)
+        server->idle(server->idle_arg);
 }
 
 static void connection_ended(struct loop_message *m)
@@ -211,13 +216,14 @@ static void connection_new(struct nbd_server *server, struct socket *socket)
     loop_post(c->loop, &c->start);
 }
 
-/* At max_connections further clients stay in the listener's backlog. */
+/* Clients stay in the listener's backlog before it may begin, and at max_connections. */
 static int co_fn wait_for_room(struct nbd_server *server)
 {
     int r = 0;
 
-    while (r == 0 && server->max_connections &&
-           server->connection_count >= server->max_connections) {
+    while (r == 0 &&
+           (!server->accepting ||
+            (server->max_connections && server->connection_count >= server->max_connections))) {
         struct co_wait w;
 
         co_wait_init(&w, co_wait_leave);
@@ -270,6 +276,13 @@ int nbd_server_co_start(struct nbd_server **ret, const struct socket_address *ad
     }
     *ret = server;
     return 0;
+}
+
+void nbd_server_accept(struct nbd_server *server)
+{
+    server->accepting = true;
+    if (server->room_wait && !server->room_wait->ended)
+        co_wait_end(server->room_wait, 0);
 }
 
 struct nbd_server *nbd_server_co_stop(struct nbd_server *server)

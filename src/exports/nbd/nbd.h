@@ -10,6 +10,8 @@
  * NBD-2 An export lives while connections are bound to it: its removal waits for the last one.
  * NBD-3 Replies leave in batches: what a tick has finished goes out with one system call. Requests in flight, replies that are
  *       not sent among them, are bounded; at the bound the connection is not read.
+ * NBD-4 Nobody is accepted before nbd_server_accept(), so that who comes finds the exports. The server is idle when the last
+ *       connection has ended, if that one had come to an export.
  */
 #ifndef CAIRN_EXPORTS_NBD_H
 #define CAIRN_EXPORTS_NBD_H
@@ -71,6 +73,9 @@ struct nbd_export {
     struct co_wait *empty_wait;
 };
 
+/* The last connection has ended, and it was one that had come to an export. */
+typedef void nbd_server_idle_fn(void *arg);
+
 struct nbd_server {
     /* Constant while it runs. */
     struct socket *listener;
@@ -85,8 +90,11 @@ struct nbd_server {
     struct list connections; /* struct nbd_connection */
     unsigned connection_count;
     unsigned next_loop;
-    struct co_wait *room_wait; /* the acceptor, at max_connections */
+    bool accepting;
+    struct co_wait *room_wait; /* the acceptor, at max_connections or before it may begin */
     struct co_wait *empty_wait;
+    nbd_server_idle_fn *idle; /* or NULL */
+    void *idle_arg;
 };
 
 struct nbd_request;
@@ -95,6 +103,7 @@ struct nbd_connection {
     /* Control thread. */
     struct list link; /* in server->connections */
     bool ended;
+    bool served; /* transmission began; set on its loop, before the end is told */
     bool shutdown_out;
     struct nbd_export *bound;
 
@@ -161,11 +170,12 @@ struct nbd_request {
     size_t payload_len;
 };
 
-/* nbd-server.c */
+/* nbd-server.c: it listens, and accepts nobody before nbd_server_accept() */
 int co_fn control_fn nbd_server_co_start(struct nbd_server **ret,
                                          const struct socket_address *address,
                                          unsigned max_connections, struct loop *const *loops,
                                          unsigned loop_count, struct error **err);
+void nbd_server_accept(struct nbd_server *server);
 /* Stops listening and disconnects all clients. The exports are gone. Returns NULL. */
 struct nbd_server *co_fn control_fn nbd_server_co_stop(struct nbd_server *server);
 /* NULL if there is none of this name, or it is closing. */

@@ -324,6 +324,8 @@ static int64_t do_listen(struct io_op *op)
     struct listener *l;
     unsigned port = 0;
 
+    if (a->family == SOCKET_INHERITED)
+        return -ENOTSOCK; /* nobody starts a simulated process */
     if (a->family == SOCKET_INET && !parse_port(a->port, &port))
         return -EADDRNOTAVAIL;
     if (a->family == SOCKET_INET && port == 0)
@@ -418,6 +420,8 @@ static void submit_address(struct io_op *op)
 
     if (a->family == SOCKET_UNIX)
         snprintf(name, sizeof(name), "unix:%s", a->path);
+    else if (a->family == SOCKET_INHERITED)
+        snprintf(name, sizeof(name), "descriptor %d", a->fd);
     else
         snprintf(name, sizeof(name), "%s:%s", a->host ? a->host : "", a->port ? a->port : "");
     io = sim_io_new(op, name);
