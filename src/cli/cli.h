@@ -43,6 +43,7 @@ extern const struct cli_command dd_command;
 extern const struct cli_command info_command;
 extern const struct cli_command map_command;
 extern const struct cli_command measure_command;
+extern const struct cli_command nbd_command;
 extern const struct cli_command rebase_command;
 extern const struct cli_command resize_command;
 extern const struct cli_command restore_command;

@@ -4,6 +4,7 @@
 #include "base/macros.h"
 #include "cli/cli.h"
 #include "cli/image/personality.h"
+#include "cli/nbd/nbd.h"
 #include "config.h"
 
 #include <signal.h>
@@ -11,8 +12,8 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-    &serve_command,   &backup_command, &backups_command,
-    &restore_command, &jobs_command,   &qmp_command,
+    &serve_command, &backup_command, &backups_command, &restore_command,
+    &jobs_command,  &qmp_command,    &nbd_command,
 };
 
 static void print_help(void)
@@ -103,6 +104,10 @@ int main(int argc, char **argv)
     if (argc > 0 && personality_is_qemu_img(argv[0])) {
         cli_program = "qemu-img";
         return personality_qemu_img(argc, argv);
+    }
+    if (argc > 0 && nbd_is_qemu_nbd(argv[0])) {
+        cli_program = "qemu-nbd";
+        return nbd_qemu_nbd(argc, argv);
     }
     r = run(argc, argv, &err);
     if ((fflush(stdout) < 0 || ferror(stdout)) && r == 0) {

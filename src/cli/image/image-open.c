@@ -240,7 +240,7 @@ static void set_common(json_t *def, const struct image *image, size_t i)
         json_object_set_new(def, "read-only", json_true());
     if (!writes && (image->flags & IMAGE_SHARE) && !json_object_get(def, "force-share"))
         json_object_set_new(def, "force-share", json_true());
-    if (writes && !json_object_get(def, "discard"))
+    if (writes && !(image->flags & IMAGE_NO_DISCARD) && !json_object_get(def, "discard"))
         json_object_set_new(def, "discard", json_string("unmap"));
     if ((image->flags & (IMAGE_DIRECT | IMAGE_NO_FLUSH)) && !json_object_get(def, "cache"))
         json_object_set_new(def, "cache",
@@ -622,7 +622,7 @@ static int co_fn control_fn open_all(struct image *image, const struct image_spe
         return check_format_options(image, err);
     if (r == 0 && !(image->flags & IMAGE_HEADERS))
         r = open_formats(image, err);
-    if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE | IMAGE_COMMIT)))
+    if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE | IMAGE_COMMIT | IMAGE_NODES)))
         r = open_backend(image, err);
     return r;
 }

@@ -31,10 +31,11 @@ enum image_flags {
     IMAGE_HEADERS = 1 << 4,    /* formats are not opened, only their headers are read; no backend */
     IMAGE_DIRECT = 1 << 5,     /* past the host's page cache */
     IMAGE_NO_FLUSH = 1 << 6,   /* flushes are not done */
-    IMAGE_COMMIT =
-        1
-        << 7, /* the layers above the base alone; IMAGE_WRITE is for the top and the base; no backend */
-    IMAGE_FILE = 1 << 8, /* the top's file alone: only the format is looked for; no backend */
+    /* The layers above the base alone; IMAGE_WRITE is for the top and the base; no backend. */
+    IMAGE_COMMIT = 1 << 7,
+    IMAGE_FILE = 1 << 8,  /* the top's file alone: only the format is looked for; no backend */
+    IMAGE_NODES = 1 << 9, /* no backend: others will use the top's node */
+    IMAGE_NO_DISCARD = 1 << 10, /* discards do nothing, unless the image's options say otherwise */
 };
 
 /* How an image is named on the command line. */

@@ -115,15 +115,30 @@ struct run {
     struct error *error;
 };
 
-static struct loop_thread *second; /* only touched on the first loop's thread */
+/* Only touched on the first loop's thread. */
+static struct loop_thread *threads[LOOP_MAX];
+static unsigned thread_count;
+static struct loop *second;
+
+int tool_co_new_loop(struct loop **ret, const char *name, struct error **err)
+{
+    int r;
+
+    if (thread_count == ARRAY_SIZE(threads))
+        return error_set(err, EAGAIN, "there are %u threads already", thread_count);
+    r = loop_thread_start(&threads[thread_count], name, err);
+    if (r == 0)
+        *ret = loop_thread_loop(threads[thread_count++]);
+    return r;
+}
 
 struct loop *tool_co_second_loop(void)
 {
     AUTO(error_free) struct error *ignored = NULL; /* one loop does it, too */
 
-    if (!second && loop_thread_start(&second, "copy", &ignored) < 0)
+    if (!second && tool_co_new_loop(&second, "copy", &ignored) < 0)
         return NULL;
-    return loop_thread_loop(second);
+    return second;
 }
 
 static void co_fn control_fn run_body(void *arg)
@@ -134,20 +149,26 @@ static void co_fn control_fn run_body(void *arg)
 
     run->result = run->fn(g, run->arg, &run->error);
     (void)graph_co_free(g);
-    if (second)
-        second = loop_thread_stop(second);
+    while (thread_count)
+        (void)loop_thread_stop(threads[--thread_count]);
+    second = NULL;
 }
 
-int tool_run(tool_fn *fn, void *arg, struct error **err)
+int tool_run_on(enum loop_engine engine, tool_fn *fn, void *arg, struct error **err)
 {
     struct run run = {.fn = fn, .arg = arg};
-    int r = loop_run_main(LOOP_ENGINE_AUTO, "image", run_body, &run, err);
+    int r = loop_run_main(engine, "image", run_body, &run, err);
 
     if (r < 0)
         return r;
     if (run.error)
         error_move(err, &run.error);
     return run.result;
+}
+
+int tool_run(tool_fn *fn, void *arg, struct error **err)
+{
+    return tool_run_on(LOOP_ENGINE_AUTO, fn, arg, err);
 }
 
 void tool_size_text(char *buf, size_t size, uint64_t bytes)

@@ -8,6 +8,7 @@
 #include "cli/cli.h"
 #include "cli/image/image.h"
 #include "graph/graph.h"
+#include "loop/loop.h"
 #include "loop/scope.h"
 
 #include <stdbool.h>
@@ -58,8 +59,11 @@ int tool_read_cache(const char *text, struct tool_cache *ret, struct error **err
 /* Runs fn(graph, arg) on a loop of its own, with a graph that is closed afterwards. What fn returns. */
 typedef int tool_fn(struct graph *g, void *arg, struct error **err);
 int tool_run(tool_fn *fn, void *arg, struct error **err);
+int tool_run_on(enum loop_engine engine, tool_fn *fn, void *arg, struct error **err);
 /* Another loop, on a thread of its own, which ends after the graph is closed; NULL if there can be none. */
 struct loop *co_fn tool_co_second_loop(void);
+/* One more with each call, in the same way. */
+int co_fn tool_co_new_loop(struct loop **ret, const char *name, struct error **err);
 
 /* `1.5 GiB` as the peer writes it: three digits. */
 void tool_size_text(char *buf, size_t size, uint64_t bytes);
