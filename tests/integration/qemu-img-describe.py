@@ -12,6 +12,7 @@ need_peer()
 CREATED = [
     ("qcow2", "", "10M"),
     ("qcow2", "cluster_size=4k,refcount_bits=1,lazy_refcounts=on", "10M"),
+    ("qcow2", "compression_type=zstd", "10M"),
     ("qcow2", "compat=0.10,cluster_size=512", "1500"),
     ("qcow2", "compat=v3,preallocation=metadata", "3M"),
     ("qcow2", "preallocation=full", "1M"),

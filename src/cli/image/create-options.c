@@ -144,10 +144,11 @@ static int set_data_file_raw(struct create_options *o, const char *text, struct 
 
 static int set_compression_type(struct create_options *o, const char *text, struct error **err)
 {
-    (void)o;
-    return strcmp(text, "zlib") == 0
+    o->compression_type =
+        strcmp(text, "zstd") == 0 ? QCOW2_COMPRESSION_ZSTD : QCOW2_COMPRESSION_ZLIB;
+    return strcmp(text, "zlib") == 0 || o->compression_type == QCOW2_COMPRESSION_ZSTD
                ? 0
-               : error_set(err, ENOTSUP, "compression type '%s' is not supported yet", text);
+               : error_set(err, EINVAL, "compression type '%s' is neither zlib nor zstd", text);
 }
 
 static int refuse(struct create_options *o, const char *text, struct error **err)
@@ -170,7 +171,7 @@ static const struct known_option known[] = {
     {"cluster_size", set_cluster_size, "<size>    - qcow2 cluster size", false},
     {"compat", set_compat, "<str>           - Compatibility level (v2 [0.10] or v3 [1.1])", false},
     {"compression_type", set_compression_type,
-     "<str> - Compression method used for image cluster compression: zlib", false},
+     "<str> - Compression method used for image cluster compression: zlib, zstd", false},
     {"lazy_refcounts", set_lazy_refcounts, "<bool (on/off)> - Postpone refcount updates", false},
     {"preallocation", set_preallocation,
      "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)", true},
@@ -290,6 +291,7 @@ int create_options_layout(const struct create_options *o, struct qcow2_layout *r
         .backing_format = o->backing_format,
         .preallocate_metadata = o->preallocation != PREALLOC_OFF,
         .lazy_refcounts = o->lazy_refcounts,
+        .compression_type = o->compression_type,
     };
 
     return qcow2_layout_make(&q, ret, err);
@@ -315,7 +317,8 @@ void create_options_print(const struct create_options *o, const char *filename)
     }
     printf(" cluster_size=%" PRIu64 " extended_l2=off", o->cluster_size);
     print_escaped("preallocation", o->preallocation_text);
-    printf(" compression_type=zlib size=%" PRIu64, o->size);
+    printf(" compression_type=%s size=%" PRIu64,
+           o->compression_type == QCOW2_COMPRESSION_ZSTD ? "zstd" : "zlib", o->size);
     print_escaped("compat", o->compat);
     print_escaped("backing_file", o->backing_file);
     print_escaped("backing_fmt", o->backing_format);

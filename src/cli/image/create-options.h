@@ -28,6 +28,7 @@ struct create_options {
     uint64_t cluster_size;
     uint64_t refcount_bits;
     bool lazy_refcounts;
+    enum qcow2_compression compression_type;
 };
 
 /* -EINVAL for a format that cannot be made. */

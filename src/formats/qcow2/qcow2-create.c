@@ -74,6 +74,9 @@ static size_t qcow2_header_put_fields(const struct qcow2_layout *l, uint8_t *at)
     store_be32(at + QCOW2_OFFSET_REFCOUNT_TABLE_CLUSTERS, (uint32_t)l->refcount_table_clusters);
     if (l->version < 3)
         return QCOW2_HEADER_LENGTH_V2;
+    if (l->compression_type != QCOW2_COMPRESSION_ZLIB)
+        store_be64(at + QCOW2_OFFSET_INCOMPATIBLE, QCOW2_INCOMPATIBLE_COMPRESSION_TYPE);
+    at[QCOW2_OFFSET_COMPRESSION_TYPE] = (uint8_t)l->compression_type;
     store_be64(at + QCOW2_OFFSET_COMPATIBLE,
                l->lazy_refcounts ? QCOW2_COMPATIBLE_LAZY_REFCOUNTS : 0);
     store_be32(at + QCOW2_OFFSET_REFCOUNT_ORDER, l->refcount_order);
@@ -159,6 +162,8 @@ static int qcow2_create_check(const struct qcow2_create_options *o, struct error
                          o->refcount_order, QCOW2_REFCOUNT_ORDER_V2);
     if (o->version < 3 && o->lazy_refcounts)
         return error_set(err, EINVAL, "lazy refcounts need qcow2 version 3");
+    if (o->version < 3 && o->compression_type != QCOW2_COMPRESSION_ZLIB)
+        return error_set(err, EINVAL, "compression other than zlib needs qcow2 version 3");
     if (o->size > NODE_SIZE_MAX)
         return error_set(err, EINVAL, "size is %" PRIu64 " bytes, expected %" PRIu64 " at most",
                          o->size, (uint64_t)NODE_SIZE_MAX);
@@ -259,6 +264,7 @@ int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_l
         .cluster_bits = options->cluster_bits,
         .refcount_order = options->refcount_order,
         .lazy_refcounts = options->lazy_refcounts,
+        .compression_type = options->compression_type,
         .backing_file = options->backing_file,
         .backing_format = options->backing_format,
     };

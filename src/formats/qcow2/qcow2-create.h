@@ -23,6 +23,8 @@ struct qcow2_create_options {
     const char *backing_format; /* needed with a backing file, as nobody guesses (Q6) */
     bool preallocate_metadata;  /* the whole disk is mapped, to clusters that are holes */
     bool lazy_refcounts;        /* later writers may postpone refcounts; since version 3 */
+    enum qcow2_compression
+        compression_type; /* of what later writers compress; zstd: since version 3 */
 };
 
 #define QCOW2_CREATE_OPTIONS_INIT                                                                  \
@@ -50,6 +52,7 @@ struct qcow2_layout {
     unsigned cluster_bits;
     unsigned refcount_order;
     bool lazy_refcounts;
+    enum qcow2_compression compression_type;
     uint64_t refcount_table_offset;
     uint64_t refcount_table_clusters;
     uint64_t refcount_blocks_offset;
