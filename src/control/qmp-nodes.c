@@ -84,9 +84,8 @@ static void describe(const struct node *node, struct block_device_info *ret)
     ret->image.virtual_size = node_size(node);
     ret->image.has_dirty_flag = true; /* and false: no driver keeps one */
     ret->image.has_actual_size = allocated(node, &ret->image.actual_size);
-    ret->image.has_cluster_size = driver->cluster_bytes;
-    if (driver->cluster_bytes)
-        ret->image.cluster_size = driver->cluster_bytes(node);
+    ret->image.cluster_size = driver->cluster_bytes ? driver->cluster_bytes(node) : 0;
+    ret->image.has_cluster_size = ret->image.cluster_size;
     ret->cache.writeback = true;
     ret->cache.direct = settings->direct;
     ret->cache.no_flush = settings->no_flush;

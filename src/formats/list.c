@@ -7,9 +7,9 @@
 
 extern const struct driver qcow2_driver;
 extern const struct driver raw_driver;
+extern const struct driver vdi_driver;
+extern const struct driver vpc_driver;
 
 const struct driver *const format_drivers[] = {
-    &qcow2_driver,
-    &raw_driver,
-    NULL,
+    &qcow2_driver, &raw_driver, &vdi_driver, &vpc_driver, NULL,
 };

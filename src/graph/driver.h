@@ -48,6 +48,7 @@ struct driver {
     bool zeroes_fast;    /* write-zeroes never falls back to writing data, unless a child's does */
     bool compresses;     /* writes honour REQUEST_COMPRESSED */
     bool keeps_metadata; /* a format that keeps metadata of its own in its file */
+    bool only_reads; /* a format that is never written: its nodes are read-only, or do not open */
 
     /*
      * All operations may yield: those that do requests run on any loop, co_open, co_close and co_set_access on the control
@@ -95,7 +96,8 @@ struct driver {
     /* What queries show; all may be NULL. The text belongs to the node. */
     const char *(*filename)(const struct node *node);
     uint64_t (*allocated_bytes)(const struct node *node);
-    uint64_t (*cluster_bytes)(const struct node *node); /* the unit of allocation */
+    uint64_t (*cluster_bytes)(
+        const struct node *node); /* the unit of allocation; 0: there is none */
 };
 
 #endif

@@ -167,6 +167,19 @@ static int node_new(struct graph *g, const struct driver *driver, const char *na
     return 0;
 }
 
+/* Before its children are opened: an inline one inherits what is settled here. */
+static int settle_writing(struct node *node, struct error **err)
+{
+    if (!node->driver->only_reads || node->settings.read_only)
+        return 0;
+    if (!node->settings.auto_read_only)
+        return error_set(err, EROFS,
+                         "node '%s': images of format '%s' are never written: set read-only",
+                         node->name, node->driver->name);
+    node->settings.read_only = true;
+    return 0;
+}
+
 static int co_fn control_fn node_co_open(struct graph *g, const struct node_options *o,
                                          const struct node_settings *parent, struct change *change,
                                          struct node **ret, struct error **err);
@@ -314,6 +327,8 @@ static int co_fn control_fn node_co_open_one(struct graph *g, const struct node_
         return r;
     if (node->settings.force_share && !node->settings.read_only)
         r = error_set(err, EINVAL, "node '%s': force-share needs read-only", node->name);
+    if (r == 0)
+        r = settle_writing(node, err);
     if (r == 0)
         r = open_children(node, options, err);
     if (r == 0 && node_depth_below(node) > GRAPH_DEPTH_MAX)
