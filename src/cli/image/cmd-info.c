@@ -25,7 +25,15 @@ static bool is_qcow2(const struct image_layer *l)
 
 static uint64_t virtual_size(const struct image_layer *l)
 {
+    if (l->imported)
+        return l->imported_size;
     return is_qcow2(l) ? l->header.size : (l->file_size + 511) & ~(uint64_t)511;
+}
+
+/* 0: there is none */
+static uint64_t cluster_size(const struct image_layer *l)
+{
+    return is_qcow2(l) ? qcow2_header_cluster_size(&l->header) : l->imported_cluster;
 }
 
 static const char *compression(const struct qcow2_header *h)
@@ -66,9 +74,8 @@ static json_t *layer_json(const struct image_layer *l, const struct info_tables 
         json_object_set_new(o, "backing-filename-format", json_string_lossy(l->backing_format));
     json_object_set_new(o, "virtual-size", json_from_uint(virtual_size(l)));
     json_object_set_new(o, "filename", json_string_lossy(l->filename));
-    if (is_qcow2(l))
-        json_object_set_new(o, "cluster-size",
-                            json_from_uint(qcow2_header_cluster_size(&l->header)));
+    if (cluster_size(l))
+        json_object_set_new(o, "cluster-size", json_from_uint(cluster_size(l)));
     json_object_set_new(o, "format", json_string(l->format));
     json_object_set_new(o, "actual-size", json_from_uint(l->disk_bytes));
     if (l->header.crypt_method)
@@ -124,8 +131,8 @@ static void print_layer(const struct image_layer *l, const struct info_tables *t
     printf("disk size: %s\n", disk);
     if (l->header.crypt_method)
         printf("encrypted: yes\n");
-    if (is_qcow2(l))
-        printf("cluster_size: %" PRIu64 "\n", qcow2_header_cluster_size(&l->header));
+    if (cluster_size(l))
+        printf("cluster_size: %" PRIu64 "\n", cluster_size(l));
     if (l->header.incompatible & QCOW2_INCOMPATIBLE_DIRTY)
         printf("cleanly shut down: no\n");
     if (l->backing_filename) {

@@ -200,6 +200,8 @@ int create_options_init(struct create_options *o, const char *format, struct err
     *o = (struct create_options){.version = 3, .cluster_size = 64 * KIB, .refcount_bits = 16};
     if (!image_format_known(format))
         return error_set(err, EINVAL, "Unknown file format '%s'", format);
+    if (!image_format_written(format))
+        return error_set(err, ENOTSUP, "Images of format '%s' can be read, but not made", format);
     o->format = strcmp(format, "raw") == 0 ? "raw" : "qcow2";
     return 0;
 }

@@ -11,6 +11,7 @@
 #include "cli/cli.h"
 #include "cli/image/image.h"
 #include "cli/layers.h"
+#include "graph/driver.h"
 #include "graph/grants.h"
 #include "loop/iobuf.h"
 #include "schema-types.h"
@@ -67,9 +68,25 @@ char *image_combine(const char *base, const char *name)
     return xasprintf("%.*s%s", (int)(slash - base + 1), base, name);
 }
 
-bool image_format_known(const char *format)
+bool image_format_written(const char *format)
 {
     return strcmp(format, "raw") == 0 || strcmp(format, "qcow2") == 0;
+}
+
+static bool is_import(const char *format)
+{
+    static const char *const formats[] = {"vdi", "vpc"};
+
+    for (size_t i = 0; i < ARRAY_SIZE(formats); i++) {
+        if (strcmp(format, formats[i]) == 0)
+            return true;
+    }
+    return false;
+}
+
+bool image_format_known(const char *format)
+{
+    return image_format_written(format) || is_import(format);
 }
 
 static bool is_protocol(const char *driver)
@@ -291,6 +308,22 @@ static int check_format_options(const struct image *image, struct error **err)
     if (r == 0)
         schema_free(&node_options_type, &options);
     return r;
+}
+
+/* Such a format has no header of its own here: its node says what the disk is. */
+static int co_fn control_fn open_imported(struct image *image, size_t i, struct error **err)
+{
+    struct image_layer *layer = &image->layers[i];
+    int r = image_co_add_node(image->graph, format_definition(image, i), err);
+    const struct node *node;
+
+    if (r < 0)
+        return r;
+    node = graph_find(image->graph, layer->node);
+    layer->imported = true;
+    layer->imported_size = node_size(node);
+    layer->imported_cluster = node_driver(node)->cluster_bytes(node);
+    return 0;
 }
 
 /* ---- what a file holds ---- */
@@ -518,7 +551,9 @@ static int co_fn control_fn add_layer(struct image *image, struct wanted *w, str
         (void)node_allocated_bytes(node, &layer->disk_bytes);
         return 0;
     }
-    return r < 0 ? r : look_at(image, i, err);
+    if (r == 0)
+        r = look_at(image, i, err);
+    return r == 0 && is_import(layer->format) ? open_imported(image, i, err) : r;
 }
 
 /* Whether there is a layer below the last one, and what it is. */
@@ -578,7 +613,7 @@ static int co_fn control_fn open_formats(struct image *image, struct error **err
     for (size_t i = image->count; i-- > 0;) {
         int r = 0;
 
-        if (image->layers[i].node != image->layers[i].file_node)
+        if (image->layers[i].node != image->layers[i].file_node && !image->layers[i].imported)
             r = image_co_add_node(image->graph, format_definition(image, i), err);
         if (r < 0)
             return r;
@@ -678,6 +713,8 @@ uint64_t image_size(const struct image *image)
 
     if (image->backend)
         return align_up(backend_size(image->backend), SECTOR);
+    if (top->imported)
+        return top->imported_size;
     return align_up(top->header.version ? top->header.size : top->file_size, SECTOR);
 }
 

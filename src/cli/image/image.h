@@ -57,6 +57,9 @@ struct image_layer {
     uint64_t file_size;
     uint64_t disk_bytes;        /* allocated on the host */
     struct qcow2_header header; /* of a qcow2 image, else zeroes */
+    bool imported;              /* of a format that is only read: its node is there in any case */
+    uint64_t imported_size;     /* of such a disk */
+    uint64_t imported_cluster;  /* the unit of allocation; 0: there is none */
     char *backing_filename;     /* in full; NULL: it names none */
     char *backing_format;       /* NULL: it is not said */
 
@@ -96,8 +99,10 @@ int co_fn control_fn image_co_backend(struct backend **ret, struct graph *g, con
 char *image_combine(const char *base, const char *name);
 /* The definition of the node of a file or device that is named by its path. */
 int image_file_definition(const char *name, json_t **ret, struct error **err);
-/* "raw", "qcow2": what can be read and written. */
+/* What can be read. */
 bool image_format_known(const char *format);
+/* "raw", "qcow2": what can be made and written, too. */
+bool image_format_written(const char *format);
 /* Warns that the format of what is about to be written was guessed. */
 void image_warn_probed(const struct image *image);
 

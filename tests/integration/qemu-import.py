@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of formats that are only read, made and written by QEMU: contents, map, size, checks and refusals."""
+import json
+import os
+import subprocess
+
+import pytest
+from image_support import need_peer, run, tools  # pylint: disable=unused-import
+
+need_peer()
+
+MADE = [
+    ("vdi", "", "10M"),
+    ("vdi", "", "1"),
+    ("vdi", "", "3000k"),
+    ("vdi", "static=on", "5M"),
+    ("vpc", "", "10M"),
+    ("vpc", "force_size=on", "3000k"),
+    ("vpc", "subformat=fixed", "5M"),
+    ("vpc", "subformat=fixed,force_size=on", "3000k"),
+]
+
+
+def make(tools, fmt, options, size, *writes):
+    words = ["-o", options] if options else []
+    tools.peer("create", "-q", "-f", fmt, *words, "x.img", size)
+    if writes:
+        tools.io("x.img", *writes, fmt=fmt)
+
+
+def writes(size):
+    """Here and there, what fits."""
+    bytes_ = {"1": 512, "3000k": 3000 << 10}.get(size) or int(size[:-1]) << 20
+    return [f"write -P {pattern} {at} {length}" for pattern, at, length in (
+        (1, 0, 512), (2, 1 << 20, 512), (3, (2 << 20) - 512, 1024), (4, 2500 << 10, 65536), (5, bytes_ - 512, 512),
+    ) if at + length <= bytes_]
+
+
+def same_content(tools, fmt):
+    tools.peer("convert", "-f", fmt, "-O", "raw", "x.img", "peer.raw")
+    tools.ours("convert", "-f", fmt, "-O", "raw", "x.img", "ours.raw")
+    with open(tools.path("peer.raw"), "rb") as peer, open(tools.path("ours.raw"), "rb") as ours:
+        assert peer.read() == ours.read()
+    tools.ours("compare", "-f", fmt, "-F", "raw", "x.img", "peer.raw")
+
+
+@pytest.mark.parametrize("fmt,options,size", MADE)
+def test_what_the_peer_writes_is_read(tools, fmt, options, size):
+    make(tools, fmt, options, size)
+    same_content(tools, fmt)
+    tools.io("x.img", *writes(size), fmt=fmt)
+    same_content(tools, fmt)
+    tools.same_json("info", "--output=json", "-f", fmt, "x.img")
+    tools.same("info", "-f", fmt, "x.img")
+    tools.same("compare", "-f", fmt, "-F", fmt, "x.img", "x.img")
+
+
+@pytest.mark.parametrize("fmt,options,size", [m for m in MADE if m[0] == "vdi"])
+def test_maps_are_the_same(tools, fmt, options, size):
+    make(tools, fmt, options, size, *writes(size))
+    tools.same("map", "-f", fmt, "x.img")
+    tools.same_json("map", "-f", fmt, "--output=json", "x.img")
+
+
+def test_maps_of_vhd_images_tell_more_than_the_peers(tools):
+    """The peer does not ask the file for holes within a block."""
+    make(tools, "vpc", "", "10M", *writes("10M"))
+    seen = [{}, {}]
+    for told, program in zip(seen, (tools.ours, tools.peer)):
+        for e in json.loads(program("map", "-f", "vpc", "--output=json", "x.img").stdout):
+            for at in range(e["start"], e["start"] + e["length"], 512):
+                told[at] = (e["present"], e["data"], e.get("offset", e["start"]) + at - e["start"])
+    assert seen[0] == seen[1]
+
+
+def test_formats_are_probed(tools):
+    for fmt in ("vdi", "vpc"):
+        make(tools, fmt, "", "10M", "write -P 9 1M 64k")
+        assert json.loads(tools.ours("info", "--output=json", "x.img").stdout)["format"] == fmt
+        tools.same("compare", "x.img", "x.img")
+        tools.same("measure", "-O", "qcow2", "x.img")
+
+
+def test_they_are_sources_and_backing_files(tools):
+    make(tools, "vdi", "", "10M", "write -P 9 1M 64k")
+    tools.ours("convert", "-O", "qcow2", "x.img", "x.qcow2")
+    tools.peer("compare", "x.img", "x.qcow2")
+    tools.ours("create", "-q", "-f", "qcow2", "-b", "x.img", "-F", "vdi", "over.qcow2")
+    tools.io("over.qcow2", "write -P 7 2M 4k")
+    tools.same("map", "--output=json", "over.qcow2")
+    tools.same("info", "--backing-chain", "over.qcow2")
+    tools.ours("dd", "if=x.img", "of=x.raw", "bs=1M", "count=3")
+    run("qemu-io", "-f", "raw", "-c", "read -P 9 1M 64k", tools.path("x.raw"))
+
+
+@pytest.mark.parametrize("fmt", ["vdi", "vpc"])
+def test_they_are_never_written_or_made(tools, fmt):
+    make(tools, fmt, "", "10M")
+    before = open(tools.path("x.img"), "rb").read()
+    for words in (("resize", "-f", fmt, "x.img", "20M"), ("bench", "-w", "-f", fmt, "x.img"),
+                  ("convert", "-n", "-O", fmt, "x.img", "x.img")):
+        assert tools.ours(*words, ok=(1,)).stderr, words
+    made = tools.ours("create", "-f", fmt, "new.img", "1M", ok=(1,))
+    assert f"Images of format '{fmt}' can be read, but not made" in made.stderr
+    made = tools.ours("convert", "-O", fmt, "x.img", "new.img", ok=(1,))
+    assert f"Images of format '{fmt}' can be read, but not made" in made.stderr
+    assert not os.path.exists(tools.path("new.img"))
+    assert open(tools.path("x.img"), "rb").read() == before
+
+
+def test_writers_are_kept_out(tools):
+    make(tools, "vdi", "", "10M")
+    command = ["qemu-io", "-f", "vdi", "-c", "sleep 60000", tools.path("x.img")]
+    with subprocess.Popen(command) as user:
+        while tools.peer("info", "x.img", ok=None).returncode == 0:
+            pass
+        refused = tools.ours("compare", "x.img", "x.img", ok=None)
+        shared = tools.ours("info", "-U", "x.img", ok=None)
+        user.kill()
+    assert refused.returncode > 1 and "is another process using it" in refused.stderr
+    assert shared.returncode == 0
