@@ -1,13 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* cairn check: is an image sound? Repairs it on demand. What it prints, and its exit status, are those of `qemu-img check`. */
-#include "cli/cli.h"
-#include "cli/image/image.h"
-#include "formats/list.h"
+#include "cli/image/tool.h"
 #include "formats/qcow2/qcow2-check.h"
-#include "graph/backend.h"
-#include "graph/graph.h"
-#include "loop/loop.h"
-#include "protocols/list.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -25,42 +19,30 @@ enum check_status {
 };
 
 struct check_command {
-    const char *name;
-    const char *format;
-    bool image_options;
-    bool share;
+    struct image_spec spec;
     bool json;
     bool no_output;
     struct qcow2_check_options options;
 
-    struct graph *graph;
     struct image image;
     struct qcow2_check_result result;
     enum check_status status;
-    int r;
-    struct error *error;
 };
 
 /* ---- opening ---- */
 
-static int co_fn control_fn open_file(struct check_command *c, struct error **err)
+static int co_fn control_fn open_file(struct check_command *c, struct graph *g, struct error **err)
 {
-    bool repair = c->options.repair != QCOW2_REPAIR_NOTHING;
-    struct image_spec spec = {
-        .name = c->name,
-        .format = c->format,
-        .options = c->image_options,
-        .flags = IMAGE_FILE | (repair ? IMAGE_WRITE : 0) | (c->share ? IMAGE_SHARE : 0),
-    };
+    bool writes = c->spec.flags & IMAGE_WRITE;
     struct access access = {
-        .wants = ACCESS_READ | (repair ? ACCESS_WRITE | ACCESS_RESIZE : 0),
-        .tolerates = c->share ? ACCESS_ALL : ACCESS_READ | ACCESS_WRITE_UNCHANGED,
+        .wants = ACCESS_READ | (writes ? ACCESS_WRITE | ACCESS_RESIZE : 0),
+        .tolerates =
+            c->spec.flags & IMAGE_SHARE ? ACCESS_ALL : ACCESS_READ | ACCESS_WRITE_UNCHANGED,
     };
-    int r = image_co_open(&c->image, c->graph, "c", &spec, err);
+    int r = image_co_open(&c->image, g, "c", &c->spec, err);
 
     if (r == 0)
-        r = image_co_backend(&c->image.backend, c->graph, c->image.layers[0].file_node, access,
-                             err);
+        r = image_co_backend(&c->image.backend, g, c->image.layers[0].file_node, access, err);
     return r;
 }
 
@@ -87,9 +69,9 @@ static enum check_status status_of(const struct qcow2_check_result *r)
     return r->leaks ? CHECK_LEAKS : CHECK_SOUND;
 }
 
-static int co_fn control_fn check_file(struct check_command *c, struct error **err)
+static int co_fn control_fn check_file(struct check_command *c, struct graph *g, struct error **err)
 {
-    int r = open_file(c, err);
+    int r = open_file(c, g, err);
 
     if (r < 0)
         return r;
@@ -100,20 +82,9 @@ static int co_fn control_fn check_file(struct check_command *c, struct error **e
     }
     r = qcow2_co_check(c->image.backend, &c->options, &c->result, err);
     if (r < 0)
-        return error_wrap(err, r, "cannot check '%s'", c->name);
+        return error_wrap(err, r, "cannot check '%s'", c->spec.name);
     c->status = status_of(&c->result);
     return 0;
-}
-
-static void co_fn control_fn body(void *arg)
-{
-    static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
-    struct check_command *c = arg;
-
-    c->graph = graph_new(drivers);
-    c->r = check_file(c, &c->error);
-    image_co_close(&c->image);
-    c->graph = graph_co_free(c->graph);
 }
 
 /* ---- what it prints ---- */
@@ -127,7 +98,7 @@ static void set_count(json_t *object, const char *key, uint64_t value, bool alwa
 static void print_json(const struct check_command *c)
 {
     const struct qcow2_check_result *r = &c->result;
-    json_t *o = json_pack("{s:s, s:s}", "filename", c->name, "format", "qcow2");
+    json_t *o = json_pack("{s:s, s:s}", "filename", c->spec.name, "format", "qcow2");
 
     if (!o)
         o = json_pack("{s:s}", "format", "qcow2"); /* the name is not UTF-8 */
@@ -186,15 +157,14 @@ static void print_text(const struct qcow2_check_result *r)
         printf("Image end offset: %" PRIu64 "\n", r->image_end_offset);
 }
 
-static int run(struct check_command *c, struct error **err)
+static int co_fn control_fn check(struct graph *g, void *arg, struct error **err)
 {
-    int r = loop_run_main(LOOP_ENGINE_AUTO, "check", body, c, err);
+    struct check_command *c = arg;
+    int r = check_file(c, g, err);
+
+    image_co_close(&c->image);
     if (r < 0)
         return r;
-    if (c->r < 0) {
-        error_move(err, &c->error);
-        return c->r;
-    }
     if (c->json)
         print_json(c); /* also with -q: it was asked for */
     else if (!c->no_output)
@@ -204,10 +174,9 @@ static int run(struct check_command *c, struct error **err)
 
 /* ---- options ---- */
 
-enum { OPTION_OUTPUT = 256, OPTION_OBJECT, OPTION_IMAGE_OPTIONS };
-
 static int read_repair(struct check_command *c, struct error **err)
 {
+    c->spec.flags |= IMAGE_WRITE;
     if (strcmp(optarg, "leaks") == 0)
         c->options.repair = QCOW2_REPAIR_LEAKS;
     else if (strcmp(optarg, "all") == 0)
@@ -217,19 +186,11 @@ static int read_repair(struct check_command *c, struct error **err)
     return 0;
 }
 
-static int read_output(struct check_command *c, struct error **err)
-{
-    c->json = strcmp(optarg, "json") == 0;
-    if (!c->json && strcmp(optarg, "human") != 0)
-        return cli_usage(err, "--output %s: it is 'human' or 'json'", optarg);
-    return 0;
-}
-
 static int read_option(struct check_command *c, int opt, struct error **err)
 {
     switch (opt) {
     case 'f':
-        c->format = optarg;
+        c->spec.format = optarg;
         return 0;
     case 'r':
         return read_repair(c, err);
@@ -237,16 +198,14 @@ static int read_option(struct check_command *c, int opt, struct error **err)
         c->no_output = true;
         return 0;
     case 'U':
-        c->share = true;
+        c->spec.flags |= IMAGE_SHARE;
         return 0;
     case 'T':
         return cli_usage(err, "-T: how the host caches does not matter to a check: leave it out");
-    case OPTION_OUTPUT:
-        return read_output(c, err);
-    case OPTION_OBJECT:
-        return cli_usage(err, "--object: a check needs no key, and no other object: leave it out");
-    case OPTION_IMAGE_OPTIONS:
-        c->image_options = true;
+    case TOOL_OUTPUT:
+        return tool_read_output(optarg, &c->json, err);
+    case TOOL_IMAGE_OPTS:
+        c->spec.options = true;
         return 0;
     }
     return opt;
@@ -255,41 +214,32 @@ static int read_option(struct check_command *c, int opt, struct error **err)
 static int read_options(struct check_command *c, int argc, char **argv, struct error **err)
 {
     static const struct option options[] = {
-        CLI_HELP_OPTION,
+        TOOL_LONG_OPTIONS,
         {"format", required_argument, NULL, 'f'},
         {"repair", required_argument, NULL, 'r'},
         {"quiet", no_argument, NULL, 'q'},
         {"force-share", no_argument, NULL, 'U'},
-        {"output", required_argument, NULL, OPTION_OUTPUT},
-        {"object", required_argument, NULL, OPTION_OBJECT},
-        {"image-opts", no_argument, NULL, OPTION_IMAGE_OPTIONS},
+        {"output", required_argument, NULL, TOOL_OUTPUT},
         {NULL, 0, NULL, 0},
     };
     int opt;
     int r = 0;
 
-    opterr = 0; /* we say it ourselves */
-    while (r == 0 && (opt = getopt_long(argc, argv, ":hf:r:qUT:", options, NULL)) != -1) {
-        if (opt == 'h')
-            return CLI_WANTS_HELP;
-        if (opt == ':')
-            return cli_usage(err, "option '%s' needs a value", argv[optind - 1]);
-        if (opt == '?')
-            return cli_usage(err, "option '%s' is not understood", argv[optind - 1]);
+    while (r == 0 && (opt = tool_next_option(argc, argv, "f:r:qUT:", options, err)) != -1)
         r = read_option(c, opt, err);
-    }
+    if (r == 0 && argc - optind != 1)
+        r = cli_usage(err, "Expecting one image file name");
     if (r == 0)
-        r = cli_check_arguments(argc, 1, 1, "FILE", err);
-    if (r == 0 && c->image_options && c->format)
-        r = cli_usage(err, "--image-opts and -f exclude each other");
+        r = tool_check_format(&c->spec, err);
     if (r == 0)
-        c->name = argv[optind];
+        c->spec.name = argv[optind];
     return r;
 }
 
 static int check_run(int argc, char **argv, struct error **err)
 {
     struct check_command c = {
+        .spec.flags = IMAGE_FILE,
         .options = QCOW2_CHECK_OPTIONS_INIT,
         .status = CHECK_FAILED,
     };
@@ -301,7 +251,7 @@ static int check_run(int argc, char **argv, struct error **err)
     c.options.interrupted = interrupted;
     if (r == 0) {
         cli_catch_signals();
-        r = run(&c, err);
+        r = tool_run(check, &c, err);
     }
     /* The status of a wrong call is another one elsewhere; here that means damage. */
     cli_set_exit_status(r == 0 || c.status == CHECK_NOT_SUPPORTED ? (int)c.status
