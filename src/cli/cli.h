@@ -41,6 +41,7 @@ extern const struct cli_command convert_command;
 extern const struct cli_command create_command;
 extern const struct cli_command dd_command;
 extern const struct cli_command info_command;
+extern const struct cli_command io_command;
 extern const struct cli_command map_command;
 extern const struct cli_command measure_command;
 extern const struct cli_command nbd_command;

@@ -4,6 +4,7 @@
 #include "base/macros.h"
 #include "cli/cli.h"
 #include "cli/image/personality.h"
+#include "cli/io/io-peer.h"
 #include "cli/nbd/nbd.h"
 #include "config.h"
 
@@ -13,7 +14,7 @@
 
 static const struct cli_command *const commands[] = {
     &serve_command, &backup_command, &backups_command, &restore_command,
-    &jobs_command,  &qmp_command,    &nbd_command,
+    &jobs_command,  &qmp_command,    &nbd_command,     &io_command,
 };
 
 static void print_help(void)
@@ -109,6 +110,8 @@ int main(int argc, char **argv)
         cli_program = "qemu-nbd";
         return nbd_qemu_nbd(argc, argv);
     }
+    if (argc > 0 && io_called_as_peer(argv[0]))
+        return io_peer_main(argc, argv);
     r = run(argc, argv, &err);
     if ((fflush(stdout) < 0 || ferror(stdout)) && r == 0) {
         (void)fprintf(stderr, "cairn: cannot write to standard output\n");

@@ -3,7 +3,7 @@
 #include "base/alloc.h"
 #include "base/json-text.h"
 #include "base/macros.h"
-#include "cli/image/info-tables.h"
+#include "cli/image/info.h"
 #include "cli/image/tool.h"
 
 #include <errno.h>
@@ -98,7 +98,7 @@ static const char *yes(uint64_t bits)
     return bits ? "true" : "false";
 }
 
-static void print_specific(const struct image_layer *l, const struct info_tables *t)
+void info_print_specific(const struct image_layer *l, const struct info_tables *t)
 {
     const struct qcow2_header *h = &l->header;
 
@@ -145,7 +145,7 @@ static void print_layer(const struct image_layer *l, const struct info_tables *t
         printf("backing file format: %s\n", l->backing_format);
     info_print_snapshots(t->snapshots);
     if (is_qcow2(l))
-        print_specific(l, t);
+        info_print_specific(l, t);
 }
 
 static int co_fn control_fn info(struct graph *g, void *arg, struct error **err)

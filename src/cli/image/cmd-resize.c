@@ -33,33 +33,29 @@ static int new_size(const struct resize *x, uint64_t old, uint64_t *ret, struct 
         return error_set(err, EINVAL,
                          "Use the --shrink option to perform a shrink operation: it deletes all "
                          "data beyond the new end.");
-    if (*ret < old && x->preallocation != PREALLOC_OFF)
-        return error_set(err, EINVAL, "Preallocation can only be used for growing images");
     return 0;
 }
 
-static int co_fn control_fn change(const struct resize *x, struct image *image, struct error **err)
+int image_co_resize(struct image *image, uint64_t size, enum preallocation how, struct error **err)
 {
     bool is_raw = strcmp(image_format(image), "qcow2") != 0;
     uint64_t old = backend_size(image->backend);
-    uint64_t size = 0;
-    int r = new_size(x, image_size(image), &size, err);
+    int r;
 
-    if (r < 0)
-        return r;
-    if (x->preallocation == PREALLOC_METADATA && is_raw)
+    if (size < image_size(image) && how != PREALLOC_OFF)
+        return error_set(err, EINVAL, "Preallocation can only be used for growing images");
+    if (how == PREALLOC_METADATA && is_raw)
         return error_set(err, EINVAL, "raw images have no metadata to preallocate");
-    if (x->preallocation != PREALLOC_OFF && !is_raw)
+    if (how != PREALLOC_OFF && !is_raw)
         return error_set(err, ENOTSUP,
                          "growing qcow2 images with preallocation is not supported yet");
     if (!is_raw && size % 512)
         return error_set(err, EINVAL, "The new size must be a multiple of 512");
     r = graph_co_resize(image->graph, image->layers[0].node, size, err);
     if (r == 0)
-        r = create_co_preallocate(image->backend, image->layers[0].path, old, size,
-                                  x->preallocation, err);
+        r = create_co_preallocate(image->backend, image->layers[0].path, old, size, how, err);
     if (r == 0 && image_co_flush(image->backend) < 0)
-        r = error_set(err, EIO, "cannot flush '%s'", x->spec.name);
+        r = error_set(err, EIO, "cannot flush '%s'", image->layers[0].filename);
     return r;
 }
 
@@ -67,11 +63,14 @@ static int co_fn control_fn resize(struct graph *g, void *arg, struct error **er
 {
     struct resize *x = arg;
     struct image image;
+    uint64_t size = 0;
     int r = image_co_open(&image, g, "i", &x->spec, err);
 
     if (r == 0) {
         image_warn_probed(&image);
-        r = change(x, &image, err);
+        r = new_size(x, image_size(&image), &size, err);
+        if (r == 0)
+            r = image_co_resize(&image, size, x->preallocation, err);
     }
     image_co_close(&image);
     if (r == 0 && !x->quiet)

@@ -12,6 +12,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+struct image;
+
 enum preallocation { PREALLOC_OFF, PREALLOC_METADATA, PREALLOC_FALLOC, PREALLOC_FULL };
 
 /* All strings belong to it. */
@@ -55,5 +57,8 @@ int co_fn control_fn create_co_image(struct graph *g, const char *filename,
 /* Allocates [from, to) of a file node, as is said. */
 int co_fn control_fn create_co_preallocate(struct backend *b, const char *path, uint64_t from,
                                            uint64_t to, enum preallocation how, struct error **err);
+/* Another size for an image that is open for writing. */
+int co_fn control_fn image_co_resize(struct image *image, uint64_t size, enum preallocation how,
+                                     struct error **err);
 
 #endif

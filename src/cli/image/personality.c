@@ -8,9 +8,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Whose options and output these are. */
-#define PEER_VERSION "7.2.0"
-
 const struct cli_command *const image_commands[] = {
     &create_command,  &info_command,     &map_command,    &check_command, &convert_command,
     &compare_command, &measure_command,  &resize_command, &dd_command,    &rebase_command,

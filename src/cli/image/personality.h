@@ -5,6 +5,9 @@
 
 #include "cli/cli.h"
 
+/* Whose options and output these are. */
+#define PEER_VERSION "7.2.0"
+
 /* Is the program called so? */
 bool personality_is_qemu_img(const char *argv0);
 /* All of the program then: the exit status. */

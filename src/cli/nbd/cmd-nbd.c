@@ -3,6 +3,7 @@
 #include "base/macros.h"
 #include "base/number.h"
 #include "cli/cli.h"
+#include "cli/image/personality.h"
 #include "cli/nbd/nbd.h"
 #include "config.h"
 
@@ -13,9 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-/* Whose options and output these are. */
-#define PEER_VERSION "7.2.0"
 
 #define PORT_USUAL "10809"
 /* Those that are handed to a process begin there. */
