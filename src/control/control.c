@@ -6,6 +6,7 @@
 #include "config.h"
 #include "control/qmp-server.h"
 #include "graph/change.h"
+#include "graph/damage.h"
 #include "jobs/job.h"
 #include "loop/co.h"
 #include "loop/loop.h"
@@ -24,6 +25,26 @@ static void export_deleted(const char *id, void *arg)
     const struct block_export_deleted_event data = {.id = copy};
 
     control_event(arg, event_block_export_deleted(&data));
+}
+
+/* CORRUPT-3 and the like: a driver has found damage. */
+static void image_damaged(const char *node, const struct node_damage *d, void *arg)
+{
+    AUTO(free_ptr) char *name = xstrdup(node);
+    AUTO(free_ptr) char *what = xstrdup(d->what);
+    char none[] = "";
+    const struct block_image_corrupted_event data = {
+        .device = none,
+        .node_name = name,
+        .msg = what,
+        .has_offset = d->has_place,
+        .offset = (int64_t)d->offset,
+        .has_size = d->has_place,
+        .size = (int64_t)d->size,
+        .fatal = d->fatal,
+    };
+
+    control_event(arg, event_block_image_corrupted(&data));
 }
 
 struct control *control_new(const struct driver *const *const *drivers,
@@ -47,6 +68,7 @@ struct control *control_new(const struct driver *const *const *drivers,
     c->quit_arg = arg;
     list_init(&c->servers);
     c->graph = graph_new(drivers);
+    graph_on_damage(c->graph, image_damaged, c);
     c->exports = exports_new(c->graph, io_loops, io_loop_count, export_deleted, c);
     c->jobs = jobs_new(copy_loops, copy_loop_count, control_job_event, c);
     return c;

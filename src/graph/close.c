@@ -190,6 +190,7 @@ bool graph_abandon_orphans(struct graph *g)
     co_scope_cancel(&g->closers);
     co_scope_join(&g->closers);
     late_co_end(g);
+    damage_co_end(g);
     list_for_each (&g->orphans, node, link) {
         const char *file = node_filename(node);
 

@@ -5,6 +5,7 @@
 
 #include "base/list.h"
 #include "graph/change.h"
+#include "graph/damage.h"
 #include "graph/graph.h"
 #include "graph/node-internal.h"
 #include "loop/scope.h"
@@ -30,6 +31,10 @@ struct graph {
     bool watching;                                 /* late.c */
     uint32_t wake_out;                             /* atomic: `wake` is under way */
     struct loop_message wake;
+    struct loop *control; /* damage.c; constant once there are nodes, as the next two */
+    graph_damage_fn *damage_fn;
+    void *damage_arg;
+    uint32_t damage_out; /* atomic: reports under way */
 };
 
 /*
