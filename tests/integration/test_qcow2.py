@@ -165,5 +165,5 @@ def test_queries_show_the_image(host):
 
 def test_options_that_mean_nothing_here_are_refused_by_name(host):
     host.create("a")
-    for name, value in (("lazy-refcounts", True), ("overlap-check", "all"), ("cache-size", 1 << 20)):
+    for name, value in (("lazy-refcounts", True), ("cache-size", 1 << 20)):
         host.not_added(name, "a", **{name: value})

@@ -184,12 +184,12 @@ static inline void model_resize(struct snapshot_model *m)
 }
 
 /* True if it was done; false if the refcounts have too few bits. */
-static inline bool model_done(struct snapshot_model *m, int r, const struct error *err)
+static inline bool model_done(struct snapshot_model *m, int r, struct error *const *err)
 {
     if (r == 0)
         return true;
     if (r != -EFBIG || m->shape.refcount_order > 1) {
-        fprintf(stderr, "refcount order %u: %s\n", m->shape.refcount_order, error_text(err));
+        fprintf(stderr, "refcount order %u: %s\n", m->shape.refcount_order, error_text(*err));
         abort();
     }
     m->refused++;
@@ -204,7 +204,7 @@ static inline void model_create(struct snapshot_model *m)
 
     (void)snprintf(s->name, sizeof(s->name), "s%u", m->state.named++);
     s->disk = m->state.now;
-    if (model_done(m, qcow2_co_snapshot_create(m->backend, &how, &err), err))
+    if (model_done(m, qcow2_co_snapshot_create(m->backend, &how, &err), &err))
         m->state.count++;
 }
 
@@ -214,7 +214,7 @@ static inline void model_apply(struct snapshot_model *m, unsigned number)
     const struct model_snapshot *s = &m->state.snapshots[number];
     bool vm_state = true;
 
-    if (model_done(m, qcow2_co_snapshot_apply(m->backend, s->name, &vm_state, &err), err)) {
+    if (model_done(m, qcow2_co_snapshot_apply(m->backend, s->name, &vm_state, &err), &err)) {
         m->state.now = s->disk;
         check(!vm_state);
     }

@@ -283,47 +283,6 @@ static void test_qcow2_review__tables_that_cannot_be_written_hang_nobody(void **
 
 #define SMALL_SIZE ((uint64_t)256 * CLUSTER)
 
-static void write_all_and_close(struct world *w)
-{
-    open_top(w, "file", "");
-    write_guest(w, 0, SMALL_SIZE);
-    assert_int_equal(flush(w->backend), 0);
-    close_top(w);
-}
-
-static void look_at_all(struct world *w)
-{
-    open_top(w, "file", "");
-    must_have_guest(w, 0, SMALL_SIZE);
-    close_top(w);
-}
-
-/* Nothing is counted as used: neither the header nor any table is taken for free. */
-static void test_qcow2_review__tables_without_refcount_are_not_overwritten(void **state)
-{
-    struct qcow2_shape shape = {
-        .version = 3, .cluster_bits = 9, .refcount_order = 4, .size = SMALL_SIZE, .allocated = 1};
-    struct world w = {.disk = sim_disk_new(), .seed = 1};
-    uint8_t header[104], now[104];
-    size_t len;
-    uint8_t *bytes = qcow2_make(&shape, &len);
-    uint64_t l1 = load_be64(bytes + 40);
-    uint64_t l2 = load_be64(bytes + l1) & 0xfffffffffffe00;
-
-    (void)state;
-    memset(bytes + load_be64(bytes + CLUSTER), 0, CLUSTER);
-    memset(bytes + l2, 0, CLUSTER);
-    memcpy(header, bytes, sizeof(header));
-    image_put(w.disk, TOP, bytes, len);
-    free(bytes);
-    w.body = write_all_and_close;
-    in_sim(&w);
-    assert_int_equal(sim_disk_read(w.disk, TOP, 0, now, sizeof(now)), 0);
-    w.body = look_at_all;
-    in_sim(&w);
-    sim_disk_free(w.disk);
-}
-
 static void discard_one_of_two(struct world *w)
 {
     open_top(w, "file", "");

@@ -61,26 +61,79 @@ static void run_append(struct list *l, struct qcow2_run *run)
     }
 }
 
+/* Those in the lists that hold them by length: how many of one list are looked at. */
+#define LOOK_AT 4
+
+static unsigned reuse_list_of(uint64_t count)
+{
+    return MIN(63u - (unsigned)__builtin_clzll(count), QCOW2_REUSE_LISTS - 1u);
+}
+
+static void reuse_add_locked(struct qcow2 *q, struct qcow2_run *run)
+{
+    unsigned i = reuse_list_of(run->count);
+
+    q->alloc.reuse_count += run->count;
+    q->alloc.reuse_lists |= (uint64_t)1 << i;
+    list_append(&q->alloc.reuse[i], &run->link);
+}
+
+static void reuse_remove_locked(struct qcow2 *q, struct qcow2_run *run)
+{
+    unsigned i = reuse_list_of(run->count);
+
+    q->alloc.reuse_count -= run->count;
+    list_remove(&run->link);
+    if (list_empty(&q->alloc.reuse[i]))
+        q->alloc.reuse_lists &= ~((uint64_t)1 << i);
+}
+
+/* One that is long enough, among the first few of the list where shorter ones are, too, or in those of longer ones. */
+static struct qcow2_run *find_reuse_locked(const struct qcow2 *q, uint64_t want)
+{
+    unsigned i = reuse_list_of(want);
+    uint64_t longer = i + 1 < 64 ? q->alloc.reuse_lists >> (i + 1) << (i + 1) : 0;
+    struct qcow2_run *run;
+    unsigned looked = 0;
+
+    list_for_each (&q->alloc.reuse[i], run, link) {
+        if (run->count >= want)
+            return run;
+        if (++looked == LOOK_AT)
+            break;
+    }
+    if (!longer)
+        return NULL;
+    return list_first(&q->alloc.reuse[__builtin_ctzll(longer)], struct qcow2_run, link);
+}
+
+/* Of the longest ones. */
+static struct qcow2_run *find_any_reuse_locked(const struct qcow2 *q)
+{
+    uint64_t lists = q->alloc.reuse_lists;
+
+    if (!lists)
+        return NULL;
+    return list_first(&q->alloc.reuse[63 - __builtin_clzll(lists)], struct qcow2_run, link);
+}
+
 static bool take_reuse_locked(struct qcow2 *q, uint64_t want, bool less, struct qcow2_extent *ret)
 {
-    struct qcow2_run *run;
+    struct qcow2_run *run = less ? find_any_reuse_locked(q) : find_reuse_locked(q, want);
+    uint64_t n;
 
-    list_for_each (&q->alloc.reuse, run, link) {
-        uint64_t n = MIN(want, run->count);
-
-        if (n < want && !less)
-            continue;
-        *ret = (struct qcow2_extent){.host_offset = run->first << q->cluster_bits, .count = n};
-        run->first += n;
-        run->count -= n;
-        q->alloc.reuse_count -= n;
-        if (!run->count) {
-            list_remove(&run->link);
-            free(run);
-        }
-        return true;
-    }
-    return false;
+    if (!run)
+        return false;
+    n = MIN(want, run->count);
+    *ret = (struct qcow2_extent){.host_offset = run->first << q->cluster_bits, .count = n};
+    reuse_remove_locked(q, run);
+    run->first += n;
+    run->count -= n;
+    if (run->count)
+        reuse_add_locked(q, run);
+    else
+        free(run);
+    return true;
 }
 
 static bool take_fresh_locked(struct qcow2 *q, uint64_t want, struct qcow2_extent *ret)
@@ -118,8 +171,7 @@ static void reuse(struct qcow2 *q, struct qcow2_run *run)
 {
     run->ticket = 0;
     tiny_lock_acquire(&q->lock);
-    q->alloc.reuse_count += run->count;
-    run_append(&q->alloc.reuse, run);
+    reuse_add_locked(q, run);
     tiny_lock_release(&q->lock);
 }
 
@@ -163,47 +215,82 @@ static void put_back_graced(struct qcow2 *q, struct qcow2_run *run)
     tiny_lock_release(&q->lock);
 }
 
-/* ALLOC-3, under alloc.lock. */
-static int co_fn settle_run(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
+/* A request that has to be sent back, or is cancelled, leaves to others what it was about. */
+static bool is_sent_back(int r)
 {
-    struct request discard = request_for(by, REQUEST_DISCARD, run->first << q->cluster_bits,
-                                         run->count << q->cluster_bits);
-    int r = qcow2_used_once(q, by, run->first, run->count);
-    bool sound = r == 1;
-    bool keep;
+    return r == -ECANCELED || r == -ERESTART;
+}
 
-    if (sound && node_settings(q->node)->unmap)
-        r = edge_co_request(q->file, &discard);
-    if (r == -ECANCELED || r == -ERESTART) {
-        put_back_graced(q, run);
+/* Is it free now, and known to be? 0: others may have it, and it leaks. */
+static int co_fn look_at_freed(struct qcow2 *q, const struct request *by,
+                               const struct qcow2_run *run)
+{
+    uint64_t least;
+    uint64_t most;
+    int r = qcow2_count_range(q, by, run->first, run->count, &least, &most);
+
+    if (r < 0)
         return r;
-    }
-    if (!sound) { /* another mapping may need them, or they may be given to others: they leak */
-        if (r == 0)
-            (void)qcow2_damaged(q, "a cluster that was mapped once has another refcount");
-        free(run);
+    if (!least)
+        return qcow2_corrupt(q, by, run->first << q->cluster_bits, run->count << q->cluster_bits,
+                             "a cluster that was in use has refcount 0");
+    if (most > 1) {
+        (void)qcow2_damaged(q, "a cluster that was mapped once has another refcount");
         return 0;
     }
+    r = qcow2_guard_free(q, by, run->first, run->count);
+    return r < 0 ? r : 1;
+}
+
+static bool keeps_for_reuse(struct qcow2 *q, const struct qcow2_run *run)
+{
+    bool keep;
+
     tiny_lock_acquire(&q->lock);
     keep = q->alloc.reuse_count + run->count <= REUSE_MAX >> q->cluster_bits;
     tiny_lock_release(&q->lock);
-    if (keep) {
+    return keep;
+}
+
+/* ALLOC-3, under alloc.lock. */
+static int co_fn settle_own(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
+{
+    struct request discard = request_for(by, REQUEST_DISCARD, run->first << q->cluster_bits,
+                                         run->count << q->cluster_bits);
+    int r = look_at_freed(q, by, run);
+
+    if (r == 1 && node_settings(q->node)->unmap) {
+        int sent = edge_co_request(q->file, &discard);
+
+        if (is_sent_back(sent))
+            r = sent; /* another error does not matter */
+    }
+    if (r == 1 && keeps_for_reuse(q, run)) {
         reuse(q, run);
         return 0;
     }
-    r = qcow2_recount(q, by, run->first, run->count, 1, 0);
-    q->alloc.scan = MIN(q->alloc.scan, run->first);
-    free(run);
+    if (r == 1) {
+        q->alloc.scan = MIN(q->alloc.scan, run->first);
+        r = qcow2_count_none(q, by, run);
+    }
+    if (is_sent_back(r))
+        put_back_graced(q, run);
+    else
+        free(run);
     return r;
 }
 
 /* What others may use as well. If its count becomes 0 the scan finds it. */
 static int co_fn settle_shared(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
 {
-    int r = qcow2_count_down(q, by, run->first, run->count);
+    int r;
 
     q->alloc.scan = MIN(q->alloc.scan, run->first);
-    free(run); /* after an error: a leak */
+    r = qcow2_count_down(q, by, run);
+    if (is_sent_back(r))
+        put_back_graced(q, run);
+    else
+        free(run); /* after an error: a leak */
     return r;
 }
 
@@ -213,7 +300,7 @@ static int co_fn settle_locked(struct qcow2 *q, const struct request *by)
     int r = 0;
 
     while (r == 0 && (run = next_graced(q)))
-        r = run->shared ? settle_shared(q, by, run) : settle_run(q, by, run);
+        r = run->shared ? settle_shared(q, by, run) : settle_own(q, by, run);
     return r;
 }
 
@@ -258,6 +345,9 @@ static int co_fn scan_block(struct qcow2 *q, const struct request *by, struct qc
         a->scan = base + entries;
     if (!n)
         return 0;
+    r = qcow2_guard_free(q, by, base + first, n);
+    if (r < 0)
+        return r;
     run = run_new(base + first, n);
     r = run ? qcow2_recount(q, by, base + first, n, 0, 1) : -ENOMEM;
     if (r < 0)
@@ -318,6 +408,40 @@ static int co_fn scan_all(struct qcow2 *q, const struct request *by)
     return r;
 }
 
+/* Is anything freed that disk or readers may still remember, or is being written so? */
+static bool any_freed(struct qcow2 *q)
+{
+    bool any;
+
+    tiny_lock_acquire(&q->lock);
+    any = !list_empty(&q->alloc.freed) || !list_empty(&q->alloc.graced) || q->flush.busy;
+    tiny_lock_release(&q->lock);
+    return any;
+}
+
+/* Where nothing else is free: what was freed since the last flush is made so. */
+static int co_fn settle_now(struct qcow2 *q, const struct request *by)
+{
+    int r = qcow2_flush_mappings(q, by);
+
+    if (r == 0)
+        r = epoch_co_pass(node_epoch(q->node));
+    return r < 0 ? r : settle_locked(q, by);
+}
+
+/* Where the file cannot grow, for the reason `full`. */
+static int co_fn refill_full(struct qcow2 *q, const struct request *by, int full)
+{
+    int r = scan_all(q, by);
+
+    if (r == 0 && pool_is_empty(q) && any_freed(q)) {
+        r = settle_now(q, by);
+        if (r == 0 && pool_is_empty(q))
+            r = scan_all(q, by); /* what was shared, or more than is kept */
+    }
+    return r == 0 && pool_is_empty(q) ? full : r;
+}
+
 static int co_fn refill(struct qcow2 *q, const struct request *by)
 {
     int r = 0;
@@ -328,13 +452,7 @@ static int co_fn refill(struct qcow2 *q, const struct request *by)
         r = scan(q, by);
     if (r == 0 && pool_is_empty(q))
         r = grow_pool(q, by);
-    if (r == -ENOSPC || r == -EFBIG) {
-        int scanned = scan_all(q, by);
-
-        if (scanned < 0 || !pool_is_empty(q))
-            r = scanned;
-    }
-    return r;
+    return r == -ENOSPC || r == -EFBIG ? refill_full(q, by, r) : r;
 }
 
 int qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t want,
@@ -471,41 +589,77 @@ int qcow2_alloc_init(struct qcow2 *q, const struct request *by, uint64_t table_o
                  : 0;
 }
 
+static int compare_runs(const void *a, const void *b)
+{
+    const struct qcow2_run *const *x = a;
+    const struct qcow2_run *const *y = b;
+
+    return ((*x)->first < (*y)->first) - ((*x)->first > (*y)->first);
+}
+
+/* Where the file may end, without what is free at its end. Without memory it stays as long. */
+static uint64_t end_in_use(const struct qcow2 *q)
+{
+    const struct qcow2_alloc *a = &q->alloc;
+    uint64_t end = a->fresh_end == a->end ? a->fresh : a->end;
+    const struct qcow2_run **v;
+    const struct qcow2_run *run;
+    size_t n = 0;
+
+    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++) {
+        list_for_each (&a->reuse[i], run, link)
+            n++;
+    }
+    v = try_new_n(const struct qcow2_run *, n + 1);
+    if (!v)
+        return end;
+    n = 0;
+    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++) {
+        list_for_each (&a->reuse[i], run, link)
+            v[n++] = run;
+    }
+    qsort(v, n, sizeof(*v), compare_runs);
+    for (size_t i = 0; i < n && v[i]->first + v[i]->count == end; i++)
+        end = v[i]->first;
+    free(v);
+    return end;
+}
+
+static int co_fn count_pool_none(struct qcow2 *q, const struct request *by)
+{
+    struct qcow2_alloc *a = &q->alloc;
+    struct qcow2_run *run;
+    int r = 0;
+
+    if (a->fresh < a->fresh_end)
+        r = qcow2_recount(q, by, a->fresh, a->fresh_end - a->fresh, 1, 0);
+    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++) {
+        list_for_each (&a->reuse[i], run, link) {
+            if (r == 0)
+                r = qcow2_recount(q, by, run->first, run->count, 1, 0);
+        }
+    }
+    return r;
+}
+
 /* What nobody uses any more is counted so; the end of the file, too, is given back. */
 int qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by)
 {
-    struct qcow2_alloc *a = &q->alloc;
-    uint64_t end = a->end;
     struct request shrink;
-    struct qcow2_run *run;
-    bool moved = true;
+    uint64_t end;
     int r = epoch_co_pass(node_epoch(q->node));
 
     qcow2_alloc_drop_pack(q);
     if (r == 0)
         r = settle_locked(q, by);
-    if (r == 0 && a->fresh < a->fresh_end)
-        r = qcow2_recount(q, by, a->fresh, a->fresh_end - a->fresh, 1, 0);
-    list_for_each (&a->reuse, run, link) {
-        if (r == 0)
-            r = qcow2_recount(q, by, run->first, run->count, 1, 0);
-    }
+    if (r == 0)
+        r = count_pool_none(q, by);
     if (r == 0)
         r = qcow2_sync(q, by);
-    if (r < 0 || !a->grows)
+    if (r < 0 || !q->alloc.grows)
         return r;
-    if (a->fresh_end == end)
-        end = a->fresh;
-    while (moved) {
-        moved = false;
-        list_for_each (&a->reuse, run, link) {
-            if (run->first + run->count == end) {
-                end = run->first;
-                moved = true;
-            }
-        }
-    }
-    if (end == a->end)
+    end = end_in_use(q);
+    if (end == q->alloc.end)
         return 0;
     shrink = request_for(by, REQUEST_RESIZE, end << q->cluster_bits, 0);
     return edge_co_request(q->file, &shrink);
@@ -530,7 +684,8 @@ void qcow2_alloc_release(struct qcow2 *q)
         list_remove(&block->link);
         free(block);
     }
-    free_runs(&a->reuse);
+    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++)
+        free_runs(&a->reuse[i]);
     free_runs(&a->freed);
     free_runs(&a->graced);
     free(a->table);

@@ -237,9 +237,13 @@ static void co_fn write_pieces(void *arg)
     while (p->result == 0 && p->next < p->count) {
         const struct picture_piece *piece = &p->pieces[p->next++];
         struct iobuf *b = piece->memory->b;
-        int r = qcow2_write_meta(p->q, p->by, piece->offset, b, (size_t)(piece->bytes - b->data),
-                                 piece->len);
+        int r = qcow2_guard_write(p->q, p->by,
+                                  piece->slice ? QCOW2_GUARD_ACTIVE_L2 : QCOW2_GUARD_ACTIVE_L1,
+                                  piece->offset, piece->len);
 
+        if (r == 0)
+            r = qcow2_write_meta(p->q, p->by, piece->offset, b, (size_t)(piece->bytes - b->data),
+                                 piece->len);
         if (r < 0 && p->result == 0)
             p->result = r;
     }
@@ -369,26 +373,27 @@ static int co_fn write_back(struct qcow2 *q, const struct request *by, uint64_t 
     return r;
 }
 
-int qcow2_co_flush(struct node *node, struct request *req)
+int qcow2_flush_mappings(struct qcow2 *q, const struct request *by)
 {
-    struct qcow2 *q = node_state(node);
     uint64_t wanted;
     bool any;
-    int r;
 
-    if (unlikely(atomic_get(&q->needs_reopen)))
-        return -EIO; /* who opens the image next may find another size */
+    if (unlikely(atomic_get(&q->needs_reopen) || atomic_get(&q->corrupt)))
+        return -EIO; /* who opens the image next may find another size; CORRUPT-1 */
     tiny_lock_acquire(&q->lock);
     wanted = q->flush.begun + 1;
     /* A cycle that is under way has taken what was there, and it is not yet durable. */
     any = anything_locked(q) || q->flush.busy;
     tiny_lock_release(&q->lock);
-    if (!any)
-        return qcow2_sync(q, req);
-    r = write_back(q, req, wanted);
-    if (r == 0)
-        r = qcow2_alloc_settle(q, req);
-    return r;
+    return any ? write_back(q, by, wanted) : qcow2_sync(q, by);
+}
+
+int qcow2_co_flush(struct node *node, struct request *req)
+{
+    struct qcow2 *q = node_state(node);
+    int r = qcow2_flush_mappings(q, req);
+
+    return r < 0 ? r : qcow2_alloc_settle(q, req);
 }
 
 void qcow2_flush_if_full(struct qcow2 *q, const struct request *by)

@@ -168,8 +168,11 @@ static int co_fn write_table(struct qcow2 *q, const struct request *by, const ui
         return -ENOMEM;
     for (uint64_t i = 0; i < count; i++)
         store_be64(b->data + i * QCOW2_ENTRY_LEN, table[first + i]);
-    r = qcow2_write_meta(q, by, offset + first * QCOW2_ENTRY_LEN, b, 0,
-                         (size_t)(count * QCOW2_ENTRY_LEN));
+    r = qcow2_guard_write(q, by, QCOW2_GUARD_REFCOUNT_TABLE, offset + first * QCOW2_ENTRY_LEN,
+                          count * QCOW2_ENTRY_LEN);
+    if (r == 0)
+        r = qcow2_write_meta(q, by, offset + first * QCOW2_ENTRY_LEN, b, 0,
+                             (size_t)(count * QCOW2_ENTRY_LEN));
     iobuf_unref(b);
     return r;
 }
@@ -206,6 +209,7 @@ static int co_fn change_table(struct qcow2 *q, const struct request *by, const s
     q->alloc.table = table;
     q->alloc.table_size = (uint32_t)g->table_size;
     q->alloc.table_offset = offset;
+    qcow2_guard_set_single(q, QCOW2_SINGLE_REFCOUNT_TABLE, offset, g->table_size * QCOW2_ENTRY_LEN);
     qcow2_alloc_put(q, old, old_clusters);
     return 0;
 }
@@ -263,6 +267,21 @@ static int co_fn write_new(struct qcow2 *q, const struct request *by, struct gro
     return r < 0 ? r : qcow2_sync(q, by);
 }
 
+/* GUARD-2 */
+static int co_fn guard_blocks(struct qcow2 *q, const struct growth *g)
+{
+    uint64_t n = 0;
+    int r = 0;
+
+    while (n < g->blocks && r == 0)
+        r = qcow2_guard_add(q, QCOW2_GUARD_REFCOUNT_BLOCK, new_block_offset(q, g, n++));
+    if (r < 0) { /* the place may become something else */
+        while (--n > 0)
+            qcow2_guard_remove(q, QCOW2_GUARD_REFCOUNT_BLOCK, new_block_offset(q, g, n - 1));
+    }
+    return r;
+}
+
 static int co_fn link_new(struct qcow2 *q, const struct request *by, struct growth *g,
                           uint64_t **table)
 {
@@ -305,7 +324,11 @@ int qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint6
     }
     if (r < 0)
         return r;
-    r = write_new(q, by, &g, table);
+    r = qcow2_guard_free(q, by, g.first, growth_total(&g));
+    if (r == 0)
+        r = write_new(q, by, &g, table);
+    if (r == 0)
+        r = guard_blocks(q, &g);
     if (r == 0) {
         q->alloc.end = g.first + growth_total(&g);
         r = link_new(q, by, &g, &table);

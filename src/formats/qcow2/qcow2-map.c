@@ -91,6 +91,7 @@ void qcow2_room_use(struct qcow2 *q, struct qcow2_room *room, uint64_t entries, 
     map->l1_size = (uint32_t)entries;
     map->l1_offset = l1_offset;
     map->slice_count = entries << (q->l2_bits - q->slice_bits);
+    qcow2_guard_set_single(q, QCOW2_SINGLE_ACTIVE_L1, l1_offset, entries * QCOW2_ENTRY_LEN);
     *room = old;
 }
 
@@ -427,8 +428,10 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
     struct qcow2_slice *s;
     uint64_t entry;
     bool unsure;
-    int r = slice_get(q, req, cluster >> q->slice_bits, &s);
+    int r = unlikely(atomic_get(&q->corrupt)) ? -EIO : 0; /* CORRUPT-1 */
 
+    if (r == 0)
+        r = slice_get(q, req, cluster >> q->slice_bits, &s);
     if (unlikely(r < 0))
         return r;
     if (!s) {
@@ -514,6 +517,8 @@ static int co_fn make_table(struct qcow2 *q, const struct request *by, uint64_t 
         return r;
     if (!at.fresh)
         r = zero_table(q, by, at.host_offset);
+    if (r == 0)
+        r = qcow2_guard_add(q, QCOW2_GUARD_ACTIVE_L2, at.host_offset); /* GUARD-2 */
     if (r < 0) {
         qcow2_alloc_put(q, at.host_offset, 1);
         return r;
@@ -550,6 +555,8 @@ static int co_fn unshare_table(struct qcow2 *q, const struct request *by, uint64
         return r;
     }
     r = copy_table(q, by, old, at.host_offset);
+    if (r == 0)
+        r = qcow2_guard_add(q, QCOW2_GUARD_ACTIVE_L2, at.host_offset); /* GUARD-2 */
     if (r < 0) {
         free(run);
         qcow2_alloc_put(q, at.host_offset, 1);
@@ -558,6 +565,7 @@ static int co_fn unshare_table(struct qcow2 *q, const struct request *by, uint64
     *run = (struct qcow2_run){.first = old >> q->cluster_bits, .count = 1, .shared = true};
     list_init(&run->link);
     l1_set(q, l1_index(q, slice_index), at.host_offset, true);
+    qcow2_guard_remove(q, QCOW2_GUARD_ACTIVE_L2, old);
     tiny_lock_acquire(&q->lock);
     qcow2_free_locked(q, run);
     tiny_lock_release(&q->lock);
@@ -596,8 +604,10 @@ int qcow2_slice_pin(struct qcow2 *q, const struct request *by, uint64_t guest_cl
                     struct qcow2_slice **ret)
 {
     uint64_t index = guest_cluster >> q->slice_bits;
-    int r = need_table(q, by, index, create);
+    int r = unlikely(atomic_get(&q->corrupt)) ? -EIO : 0; /* CORRUPT-1 */
 
+    if (r == 0)
+        r = need_table(q, by, index, create);
     *ret = NULL;
     while (r == 0 && !*ret) {
         struct epoch_slot *slot = epoch_slot_here(node_epoch(q->node));

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Refcounts as they are on disk: the table, its blocks, and a small cache of them. All under alloc.lock. */
 #include "base/alloc.h"
-#include "base/atomic.h"
 #include "base/checked.h"
 #include "base/endian.h"
 #include "base/macros.h"
@@ -82,42 +81,6 @@ void qcow2_block_cache(struct qcow2 *q, struct qcow2_refblock *block)
     q->alloc.block_count--;
 }
 
-static bool count_known(const struct qcow2 *q, struct qcow2_refblock *block, uint64_t host_offset,
-                        uint64_t bytes)
-{
-    uint64_t base = block->index * qcow2_block_entries(q);
-    uint64_t end = (host_offset + bytes + qcow2_cluster_size(q) - 1) >> q->cluster_bits;
-    bool wrong = false;
-
-    end = MIN(end, base + qcow2_block_entries(q));
-    for (uint64_t c = MAX(host_offset >> q->cluster_bits, base); c < end; c++) {
-        if (qcow2_count_get(q, block->bytes, c - base))
-            continue;
-        qcow2_count_set(q, block->bytes, c - base, 1);
-        wrong = true;
-    }
-    return wrong;
-}
-
-/* The header and tables are in use, whatever a damaged image says of them: writers must not get them. */
-static void count_tables(struct qcow2 *q, struct qcow2_refblock *block)
-{
-    const struct qcow2_alloc *a = &q->alloc;
-    bool wrong = count_known(q, block, 0, 1);
-
-    wrong |= count_known(q, block, a->table_offset, (uint64_t)a->table_size * QCOW2_ENTRY_LEN);
-    for (uint32_t i = 0; i < a->table_size; i++)
-        wrong |= a->table[i] && count_known(q, block, a->table[i], 1);
-    wrong |= count_known(q, block, q->map.l1_offset, (uint64_t)q->map.l1_size * QCOW2_ENTRY_LEN);
-    for (uint32_t i = 0; i < q->map.l1_size; i++) {
-        uint64_t l2 = atomic_get_relaxed(&q->map.l1[i]) & QCOW2_L1_OFFSET_MASK; /* new ones count */
-
-        wrong |= l2 && count_known(q, block, l2, 1);
-    }
-    if (wrong)
-        (void)qcow2_damaged(q, "the refcount of a table is 0");
-}
-
 /* It stays until the next call. */
 int qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
                     struct qcow2_refblock **ret)
@@ -146,7 +109,6 @@ int qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
     r = b && block ? qcow2_read_meta(q, by, offset, b, 0, bytes) : -ENOMEM;
     if (r == 0) {
         memcpy(block->bytes, b->data, bytes);
-        count_tables(q, block);
         qcow2_block_cache(q, block);
         *ret = take(&block);
     }
@@ -168,44 +130,80 @@ int qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t offset
     if (!b)
         return -ENOMEM;
     memcpy(b->data, block->bytes + from, (size_t)(to - from));
-    r = qcow2_write_meta(q, by, offset + from, b, 0, (size_t)(to - from));
+    r = qcow2_guard_write(q, by, QCOW2_GUARD_REFCOUNT_BLOCK, offset + from, to - from);
+    if (r == 0)
+        r = qcow2_write_meta(q, by, offset + from, b, 0, (size_t)(to - from));
     iobuf_unref(b);
     return r;
 }
 
-/* Adds to the counts that lie in [least, most]; one that does not is left, and told. */
-static int co_fn change_counts(struct qcow2 *q, const struct request *by, uint64_t first,
-                               uint64_t count, uint64_t least, uint64_t most, int64_t add)
+/* What is added to counts that lie in [least, most]. */
+struct change {
+    uint64_t least;
+    uint64_t most;
+    int64_t add;
+};
+
+/* False if one of them does not lie there; it is left. */
+static bool change_entries(const struct qcow2 *q, struct qcow2_refblock *block, uint64_t from,
+                           uint64_t n, const struct change *c)
+{
+    bool all = true;
+
+    for (uint64_t i = from; i < from + n; i++) {
+        uint64_t value = qcow2_count_get(q, block->bytes, i);
+
+        if (value >= c->least && value <= c->most)
+            qcow2_count_set(q, block->bytes, i, value + (uint64_t)c->add);
+        else
+            all = false;
+    }
+    return all;
+}
+
+/*
+ * In one block. After a failure they are in memory what they were: what was to be counted down is a leak then, or is counted down
+ * again, and what was to be counted up is not used.
+ */
+static int co_fn change_in_block(struct qcow2 *q, const struct request *by, uint64_t index,
+                                 uint64_t from, uint64_t n, const struct change *c)
+{
+    const struct change back = {c->least + (uint64_t)c->add, c->most + (uint64_t)c->add, -c->add};
+    struct qcow2_refblock *block;
+    bool all;
+    int r = qcow2_block_get(q, by, index, &block);
+
+    if (r < 0)
+        return r;
+    all = change_entries(q, block, from, n, c);
+    r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
+    if (!all)
+        (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is not what it must be",
+                            index * qcow2_block_entries(q) + from);
+    else if (r < 0)
+        (void)change_entries(q, block, from, n, &back);
+    return r;
+}
+
+static int co_fn change_counts(struct qcow2 *q, const struct request *by, struct qcow2_run *run,
+                               const struct change *c)
 {
     uint64_t entries = qcow2_block_entries(q);
     int r = 0;
 
-    while (count && r == 0) {
-        uint64_t index = first / entries;
-        uint64_t from = first % entries;
-        uint64_t n = MIN(count, entries - from);
-        struct qcow2_refblock *block;
-        bool wrong = false;
+    while (run->count && r == 0) {
+        uint64_t index = run->first / entries;
+        uint64_t from = run->first % entries;
+        uint64_t n = MIN(run->count, entries - from);
 
         if (index >= q->alloc.table_size || !q->alloc.table[index])
-            return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount", first);
-        r = qcow2_block_get(q, by, index, &block);
-        if (r < 0)
-            return r;
-        for (uint64_t i = from; i < from + n; i++) {
-            uint64_t value = qcow2_count_get(q, block->bytes, i);
-
-            if (value >= least && value <= most)
-                qcow2_count_set(q, block->bytes, i, value + (uint64_t)add);
-            else
-                wrong = true;
+            return qcow2_damaged(q, "cluster %" PRIu64 " is in use and has no refcount",
+                                 run->first);
+        r = change_in_block(q, by, index, from, n, c);
+        if (r == 0) {
+            run->first += n;
+            run->count -= n;
         }
-        r = qcow2_block_write(q, by, q->alloc.table[index], block, from, n);
-        if (wrong)
-            (void)qcow2_damaged(q, "a refcount near cluster %" PRIu64 " is not what it must be",
-                                first);
-        first += n;
-        count -= n;
     }
     return r;
 }
@@ -213,29 +211,40 @@ static int co_fn change_counts(struct qcow2 *q, const struct request *by, uint64
 int qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
                   unsigned was, unsigned becomes)
 {
-    return change_counts(q, by, first, count, was, was, (int64_t)becomes - was);
+    const struct change c = {was, was, (int64_t)becomes - was};
+    struct qcow2_run run = {.first = first, .count = count};
+
+    return change_counts(q, by, &run, &c);
 }
 
-int qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
+int qcow2_count_range(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count,
+                      uint64_t *ret_least, uint64_t *ret_most)
 {
     uint64_t entries = qcow2_block_entries(q);
 
+    *ret_least = UINT64_MAX;
+    *ret_most = 0;
     for (uint64_t c = first; c < first + count;) {
         uint64_t end = MIN(first + count, (c / entries + 1) * entries);
         struct qcow2_refblock *block;
         int r;
 
-        if (c / entries >= q->alloc.table_size || !q->alloc.table[c / entries])
-            return 0;
+        if (c / entries >= q->alloc.table_size || !q->alloc.table[c / entries]) {
+            *ret_least = 0;
+            c = end;
+            continue;
+        }
         r = qcow2_block_get(q, by, c / entries, &block);
         if (r < 0)
             return r;
         for (; c < end; c++) {
-            if (qcow2_count_get(q, block->bytes, c % entries) != 1)
-                return 0;
+            uint64_t value = qcow2_count_get(q, block->bytes, c % entries);
+
+            *ret_least = MIN(*ret_least, value);
+            *ret_most = MAX(*ret_most, value);
         }
     }
-    return 1;
+    return 0;
 }
 
 int qcow2_count_up(struct qcow2 *q, const struct request *by, uint64_t cluster)
@@ -256,12 +265,24 @@ int qcow2_count_up(struct qcow2 *q, const struct request *by, uint64_t cluster)
     if (value == most)
         return 1;
     qcow2_count_set(q, block->bytes, i, value + 1);
-    return qcow2_block_write(q, by, q->alloc.table[index], block, i, 1);
+    r = qcow2_block_write(q, by, q->alloc.table[index], block, i, 1);
+    if (r < 0)
+        qcow2_count_set(q, block->bytes, i, value); /* nobody uses it */
+    return r;
 }
 
-int qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
+int qcow2_count_down(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
 {
-    return change_counts(q, by, first, count, 1, UINT64_MAX, -1);
+    const struct change c = {1, UINT64_MAX, -1};
+
+    return change_counts(q, by, run, &c);
+}
+
+int qcow2_count_none(struct qcow2 *q, const struct request *by, struct qcow2_run *run)
+{
+    const struct change c = {1, 1, -1};
+
+    return change_counts(q, by, run, &c);
 }
 
 int qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset, uint64_t *ret)

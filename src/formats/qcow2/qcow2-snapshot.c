@@ -593,10 +593,44 @@ static int co_fn begin(struct snap *s, struct backend *b)
     return r < 0 ? r : read_table(s);
 }
 
-static void end(struct snap *s)
+static void release(struct snap *s)
 {
     free(s->table);
     free(s->v);
+}
+
+/* Whatever became of it, tables may lie elsewhere. */
+static void co_fn end(struct snap *s)
+{
+    if (s->q && s->q->writable)
+        qcow2_guard_rebuild(s->q, s->by);
+    release(s);
+}
+
+static int co_fn visit_l1(struct snap *s, const struct qcow2_snapshot *sn,
+                          const struct qcow2_snapshot_visitor *v)
+{
+    struct snap_l1 l1 = {.v = NULL};
+    int r = v->wants_l1 ? snap_read_l1(s, sn, sn->l1_size, &l1) : 0;
+
+    if (r == 0)
+        r = v->l1(v->arg, sn->l1_offset, l1.v, sn->l1_size);
+    free(l1.v);
+    return r;
+}
+
+int qcow2_snapshot_visit(struct qcow2 *q, const struct request *by,
+                         const struct qcow2_snapshot_visitor *v, struct error **err)
+{
+    struct snap s = {.q = q, .by = by, .err = err};
+    int r = read_table(&s);
+
+    if (r == 0 && s.count)
+        r = v->table(v->arg, s.table_offset, s.table_len, s.count);
+    for (uint32_t i = 0; r == 0 && i < s.count; i++)
+        r = visit_l1(&s, &s.v[i], v);
+    release(&s);
+    return r;
 }
 
 int qcow2_co_snapshot_create(struct backend *b, const struct qcow2_snapshot_new *how,

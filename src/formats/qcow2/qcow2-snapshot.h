@@ -39,6 +39,22 @@ struct qcow2_snapshot {
  */
 int qcow2_snapshot_parse(const uint8_t *table, size_t len, size_t at, struct qcow2_snapshot *ret);
 
+struct qcow2;
+struct request;
+
+/* What is told of the snapshots that the header on disk points to, in order. 0, or a negative errno, which ends it. */
+struct qcow2_snapshot_visitor {
+    bool wants_l1; /* the entries of L1 tables */
+    int (*table)(void *arg, uint64_t offset, uint64_t len, uint32_t count);
+    /* `entries`, without flags, is NULL unless they are wanted. */
+    int (*l1)(void *arg, uint64_t offset, const uint64_t *entries, uint32_t count);
+    void *arg;
+};
+
+/* Nothing is told where there are none. 0, or a negative errno, *err may be set then. */
+int co_fn qcow2_snapshot_visit(struct qcow2 *q, const struct request *by,
+                               const struct qcow2_snapshot_visitor *v, struct error **err);
+
 /* What a new snapshot is called, and when that was. */
 struct qcow2_snapshot_new {
     const char *name;

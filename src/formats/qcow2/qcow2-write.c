@@ -47,7 +47,9 @@ static int co_fn write_in_place(struct qcow2 *q, struct request *req, uint64_t d
         if (map.len < req->len)
             *ret_len = request_slice(&piece, req, done, map.len, iov, PIECE_IOV);
         piece.flags &= ~(unsigned)REQUEST_FUA; /* the core flushes: the mapping counts, too */
-        r = edge_co_request_at(q->file, &piece, map.host_offset);
+        r = qcow2_guard_write(q, req, 0, map.host_offset, *ret_len);
+        if (likely(r == 0))
+            r = edge_co_request_at(q->file, &piece, map.host_offset);
     }
     epoch_leave(slot, phase);
     return r;
@@ -104,12 +106,24 @@ static int replace_first(struct qcow2 *q, struct placing *p, uint64_t entry,
     return p->replaces ? 0 : -ENOMEM;
 }
 
+/* Of a cluster that a mapping points to. */
+static int co_fn count_uses(struct qcow2 *q, const struct request *req, uint64_t host,
+                            uint64_t *ret)
+{
+    int r = qcow2_refcount(q, req, host, ret);
+
+    if (r < 0 || *ret)
+        return r;
+    return qcow2_corrupt(q, req, host, qcow2_cluster_size(q),
+                         "a cluster that is in use has refcount 0");
+}
+
 /* Is it used by others as well? If not, it is noted as ours, and written in place: 0 clusters. */
 static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, struct placing *p,
                                 uint64_t entry, uint64_t host)
 {
     uint64_t refcount;
-    int r = qcow2_refcount(q, req, host, &refcount);
+    int r = count_uses(q, req, host, &refcount);
 
     if (r < 0)
         return r;
@@ -127,7 +141,7 @@ static int co_fn look_at_zeroes(struct qcow2 *q, const struct request *req, stru
                                 uint64_t entry, uint64_t host)
 {
     uint64_t refcount;
-    int r = qcow2_refcount(q, req, host, &refcount);
+    int r = count_uses(q, req, host, &refcount);
 
     if (r < 0)
         return r;

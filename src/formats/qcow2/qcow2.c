@@ -18,7 +18,6 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -48,15 +47,28 @@ int qcow2_read_meta(struct qcow2 *q, const struct request *by, uint64_t offset, 
 }
 
 /* G9: not into a file that an earlier write, which its waiter has left, may still change. */
-int qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset, struct iobuf *b,
-                     size_t at, size_t len)
+static int co_fn write_resolved(struct qcow2 *q, const struct request *by, uint64_t offset,
+                                struct iobuf *b, size_t at, size_t len)
 {
     struct request wait = *by;
-    int r = unlikely(atomic_get(&q->needs_reopen)) ? -EIO : 0;
+    int r = 0;
 
     while (r == 0 && unlikely(node_has_unresolved(edge_node(q->file))))
         r = co_park_until(&wait, loop_clock() + LOOK_NS);
     return r < 0 ? r : meta_request(q, by, REQUEST_WRITE, offset, b, at, len);
+}
+
+int qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset, struct iobuf *b,
+                     size_t at, size_t len)
+{
+    if (unlikely(atomic_get(&q->needs_reopen) || atomic_get(&q->corrupt)))
+        return -EIO;
+    return write_resolved(q, by, offset, b, at, len);
+}
+
+int qcow2_write_mark(struct qcow2 *q, const struct request *by, struct iobuf *b)
+{
+    return write_resolved(q, by, QCOW2_OFFSET_INCOMPATIBLE, b, 0, 8);
 }
 
 int qcow2_sync(struct qcow2 *q, const struct request *by)
@@ -67,22 +79,6 @@ int qcow2_sync(struct qcow2 *q, const struct request *by)
     if (unlikely(r < 0) && r != -ECANCELED && r != -ERESTART && r != -ETIMEDOUT)
         atomic_set(&q->sync_failed, true);
     return r;
-}
-
-int qcow2_damaged(struct qcow2 *q, const char *fmt, ...)
-{
-    va_list args;
-    char *what;
-
-    if (atomic_swap(&q->broken_told, true))
-        return -EIO;
-    va_start(args, fmt);
-    what = xvasprintf(fmt, args);
-    va_end(args);
-    log_warning("node '%s': the image is damaged: %s; check it with cairn check",
-                node_name(q->node), what);
-    free(what);
-    return -EIO;
 }
 
 bool qcow2_is_cluster(const struct qcow2 *q, uint64_t host_offset)
@@ -199,9 +195,11 @@ static void init_empty(struct qcow2 *q, struct node *node)
     co_mutex_init(&q->alloc.lock);
     co_mutex_init(&q->flush.lock);
     list_init(&q->alloc.blocks);
-    list_init(&q->alloc.reuse);
+    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++)
+        list_init(&q->alloc.reuse[i]);
     list_init(&q->alloc.freed);
     list_init(&q->alloc.graced);
+    qcow2_guard_prepare(q);
 }
 
 static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
@@ -230,6 +228,8 @@ static int co_fn open_tables(struct qcow2 *q, const struct request *by,
     r = qcow2_alloc_init(q, by, header->refcount_table_offset, header->refcount_table_clusters,
                          err);
     if (r == 0)
+        r = qcow2_guard_init(q, by, header, opt, err);
+    if (r == 0)
         r = clear_autoclear(q, by, header, err);
     return r < 0 ? r : complete_last_cluster(q, by, err);
 }
@@ -239,6 +239,7 @@ static void release(struct qcow2 *q)
     free(q->plain);
     qcow2_map_release(q);
     qcow2_alloc_release(q);
+    qcow2_guard_release(q);
 }
 
 static int co_fn control_fn qcow2_co_open(struct node *node, const void *options,
@@ -276,7 +277,8 @@ static void co_fn control_fn qcow2_co_close(struct node *node)
     struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
     int r = 0;
 
-    if (q->writable) {
+    qcow2_mark_if_corrupt(q, &by);
+    if (q->writable && !q->corrupt) {
         r = qcow2_co_flush(node, &by);
         if (r == 0)
             r = qcow2_alloc_settle_all(q, &by);

@@ -10,10 +10,13 @@
  *   qcow2-refcount.c  refcounts on disk
  *   qcow2-flush.c     how changed mappings reach the disk
  *   qcow2-resize.c    the virtual size
+ *   qcow2-guard.c     where metadata lies, so that nothing else is written there
+ *   qcow2-corrupt.c   what happens when damage is found
  *   qcow2-snapshot*.c internal snapshots, while nobody else is here
  *   qcow2-header.c, qcow2-create.c, qcow2-format.h   the header, empty images, what is on disk
  *
- * Lock order: a range of `ranges`, map.create, map.load, alloc.lock, flush.lock, then `lock`, which is never held across a wait.
+ * Lock order: a range of `ranges`, map.create, map.load, alloc.lock, flush.lock, guard.lock, then `lock`, which is never held
+ * across a wait.
  */
 #ifndef CAIRN_FORMATS_QCOW2_H
 #define CAIRN_FORMATS_QCOW2_H
@@ -21,6 +24,7 @@
 #include "base/context.h"
 #include "base/list.h"
 #include "formats/qcow2/qcow2-format.h"
+#include "formats/qcow2/qcow2-guard.h"
 #include "graph/driver.h"
 #include "graph/epoch.h"
 #include "graph/overlap.h"
@@ -78,6 +82,9 @@ struct qcow2_map {
 /* L1 entries are written so many bytes at a time. */
 #define QCOW2_L1_UNIT 512
 
+/* By their length; the last list has all that are longer. */
+#define QCOW2_REUSE_LISTS 32
+
 /* Clusters of the image file that follow each other. */
 struct qcow2_run {
     struct list link;
@@ -114,10 +121,12 @@ struct qcow2_alloc {
     /* Protected by qcow2.lock: the pool (ALLOC-1, ALLOC-2). */
     uint64_t fresh;     /* never used, durably counted, reads as zeroes: from here... */
     uint64_t fresh_end; /* ...to here */
-    struct list reuse;  /* struct qcow2_run: whatever is in them */
-    uint64_t reuse_count;
-    struct list freed;  /* struct qcow2_run: in no mapping; the disk may still say so */
-    struct list graced; /* neither on disk; readers may still use them */
+    /* struct qcow2_run: whatever is in them; those of 2^i clusters, and less than twice as many, are in list i. */
+    struct list reuse[QCOW2_REUSE_LISTS];
+    uint64_t reuse_lists; /* a bit for each that is not empty */
+    uint64_t reuse_count; /* clusters */
+    struct list freed;    /* struct qcow2_run: in no mapping; the disk may still say so */
+    struct list graced;   /* neither on disk; readers may still use them */
 };
 
 struct qcow2_flush {
@@ -144,7 +153,9 @@ struct qcow2 {
 
     bool zeroed_in_place; /* atomic: clusters read as zeroes that writers may still be writing to */
     bool sync_failed;     /* atomic: what was not durable then may be gone (FLUSH-6) */
-    bool broken_told;     /* atomic: the log has a line about damage */
+    bool broken_told;     /* atomic: damage has been told */
+    bool corrupt;         /* atomic: no request succeeds any more (CORRUPT-1) */
+    bool marked;          /* atomic: the image says so, or is being told to */
     bool needs_reopen; /* atomic; D3: the header may say otherwise than we do: no more metadata */
 
     /* Protected by lock. */
@@ -156,6 +167,7 @@ struct qcow2 {
     struct qcow2_map map;
     struct qcow2_alloc alloc;
     struct qcow2_flush flush;
+    struct qcow2_guard guard;
 };
 
 static inline uint64_t qcow2_cluster_size(const struct qcow2 *q)
@@ -170,10 +182,20 @@ int co_fn qcow2_read_meta(struct qcow2 *q, const struct request *by, uint64_t of
 int co_fn qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset,
                            struct iobuf *b, size_t at, size_t len);
 int co_fn qcow2_sync(struct qcow2 *q, const struct request *by);
-/* -EIO, and one line in the log for each node. */
-int qcow2_damaged(struct qcow2 *q, const char *fmt, ...) PRINTF_LIKE(2, 3);
+/* The mark of a corrupt image, 8 bytes; the only write then. */
+int co_fn qcow2_write_mark(struct qcow2 *q, const struct request *by, struct iobuf *b);
 /* Does a table or cluster that something points to lie in the file, at a cluster's boundary? */
 bool qcow2_is_cluster(const struct qcow2 *q, uint64_t host_offset);
+
+/* ---- qcow2-corrupt.c ---- */
+
+/* What is found makes no sense. -EIO, and it is told, once for each node. */
+int qcow2_damaged(struct qcow2 *q, const char *fmt, ...) PRINTF_LIKE(2, 3);
+/* What was to be written would have made it worse, at bytes of the file: marks the image. -EIO, from now on for all requests. */
+int co_fn qcow2_corrupt(struct qcow2 *q, const struct request *by, uint64_t offset, uint64_t bytes,
+                        const char *fmt, ...) PRINTF_LIKE(5, 6);
+/* The mark of an image that has been found corrupt, if it is not there. */
+void co_fn qcow2_mark_if_corrupt(struct qcow2 *q, const struct request *by);
 
 /* ---- qcow2-map.c ---- */
 
@@ -281,13 +303,13 @@ int co_fn qcow2_recount(struct qcow2 *q, const struct request *by, uint64_t firs
                         unsigned was, unsigned becomes);
 /* One more for one cluster. 1: its count is as large as it can be. */
 int co_fn qcow2_count_up(struct qcow2 *q, const struct request *by, uint64_t cluster);
-/* One less for each. */
-int co_fn qcow2_count_down(struct qcow2 *q, const struct request *by, uint64_t first,
-                           uint64_t count);
+/* One less for each; or from 1 to 0. The run becomes what is left to do when it fails. */
+int co_fn qcow2_count_down(struct qcow2 *q, const struct request *by, struct qcow2_run *run);
+int co_fn qcow2_count_none(struct qcow2 *q, const struct request *by, struct qcow2_run *run);
 int co_fn qcow2_read_refcount_table(struct qcow2 *q, const struct request *by);
-/* 1 if all of these have refcount 1, else 0, or a negative errno. */
-int co_fn qcow2_used_once(struct qcow2 *q, const struct request *by, uint64_t first,
-                          uint64_t count);
+/* The lowest and the highest count of these. */
+int co_fn qcow2_count_range(struct qcow2 *q, const struct request *by, uint64_t first,
+                            uint64_t count, uint64_t *ret_least, uint64_t *ret_most);
 /* How often a cluster is used, as the disk says. Takes alloc.lock. */
 int co_fn qcow2_refcount(struct qcow2 *q, const struct request *by, uint64_t host_offset,
                          uint64_t *ret);
@@ -339,6 +361,8 @@ int co_fn qcow2_alloc_settle(struct qcow2 *q, const struct request *by);
 int co_fn qcow2_co_flush(struct node *node, struct request *req);
 /* The same for a writer that finds much to be written; his own answer does not depend on it. */
 void co_fn qcow2_flush_if_full(struct qcow2 *q, const struct request *by);
+/* What qcow2_co_flush() does, but that what was freed is not taken up: also under alloc.lock. */
+int co_fn qcow2_flush_mappings(struct qcow2 *q, const struct request *by);
 
 /* ---- qcow2-write.c ---- */
 
