@@ -4,7 +4,7 @@
  * crash, hang or take memory without bound; errors are welcome.
  *
  * An input begins with the shape of a sound image: its version and cluster size, refcount width, how much of it is allocated, and
- * whether it is opened read-only. Then come patches, each of where (which structure, which place in it), how (an integer of how
+ * whether it is opened read-only, or a snapshot in it is shown. Then come patches, each of where (which structure, which place in it), how (an integer of how
  * many bytes, or the entry's place with other flags) and what.
  */
 #include "../support/qcow2-make.h"
@@ -29,12 +29,18 @@ extern int __asan_option_detect_stack_use_after_return __attribute__((weak));
 #define PATCH_LEN 12
 #define CHUNK     65536
 
+/* In the header. */
+#define AT_SNAPSHOT_COUNT 60
+#define AT_SNAPSHOTS      64
+#define SNAPSHOT_LEN      (40 + 24 + 1 + 1)
+
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 
 struct input {
     const uint8_t *bytes;
     size_t len;
     bool read_only;
+    bool snapshot; /* is shown; in patches its table takes the place of the refcount table */
     struct graph *graph;
     struct backend *backend;
     uint8_t data[CHUNK];
@@ -55,7 +61,7 @@ static uint64_t place_offset(const uint8_t *image, size_t len, enum place place)
     case PLACE_L1:
         return l1;
     case PLACE_TABLE:
-        return table;
+        return load_be32(image + AT_SNAPSHOT_COUNT) ? load_be64(image + AT_SNAPSHOTS) : table;
     case PLACE_L2:
         return l1 + 8 < len ? load_be64(image + l1) & 0xfffffffffffe00 : 0;
     case PLACE_BLOCK:
@@ -92,6 +98,30 @@ static void apply_patch(uint8_t *image, size_t len, uint64_t cluster, const uint
     }
 }
 
+/* One in a cluster of its own at the end, which has the disk's own L1 table. For readers refcounts do not matter. */
+static uint8_t *add_snapshot(uint8_t *image, size_t *len, uint64_t cluster)
+{
+    uint8_t *e;
+
+    image = realloc(image, *len + cluster);
+    if (!image)
+        abort();
+    e = image + *len;
+    memset(e, 0, cluster);
+    store_be32(image + AT_SNAPSHOT_COUNT, 1);
+    store_be64(image + AT_SNAPSHOTS, *len);
+    memcpy(e, image + 40, 8);     /* L1 offset */
+    memcpy(e + 8, image + 36, 4); /* and size */
+    store_be16(e + 12, 1);
+    store_be16(e + 14, 1);
+    store_be32(e + 36, 24);
+    store_be64(e + 40 + 8, SIZE);
+    e[SNAPSHOT_LEN - 2] = '1';
+    e[SNAPSHOT_LEN - 1] = 'a';
+    *len += cluster;
+    return image;
+}
+
 static bool make_image(struct sim_disk *disk, struct input *in)
 {
     struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR};
@@ -106,8 +136,11 @@ static bool make_image(struct sim_disk *disk, struct input *in)
     if (shape.version == 3)
         shape.refcount_order = in->bytes[1] % 7;
     shape.allocated = (SIZE >> shape.cluster_bits) * in->bytes[2] / 255;
-    in->read_only = in->bytes[3] & 1;
+    in->snapshot = in->bytes[1] & 0x80;
+    in->read_only = in->bytes[3] & 1 || in->snapshot;
     image = qcow2_make(&shape, &len);
+    if (in->snapshot)
+        image = add_snapshot(image, &len, (uint64_t)1 << shape.cluster_bits);
     for (size_t at = 4; at + PATCH_LEN <= in->len && at < 4 + 64 * PATCH_LEN; at += PATCH_LEN)
         apply_patch(image, len, (uint64_t)1 << shape.cluster_bits, in->bytes + at);
     if (in->bytes[3] & 2)
@@ -181,6 +214,7 @@ static int co_fn control_fn add_disk(struct input *in, struct error **err)
     struct node_options file = {.driver = NODE_DRIVER_FILE};
     struct node_ref below = {.kind = NODE_REF_DEFINITION};
     struct node_ref_or_null none = {.kind = NODE_REF_OR_NULL_NULL};
+    struct qcow2_snapshot_ref snapshot = {.kind = QCOW2_SNAPSHOT_REF_ANY};
     struct node_options disk = {
         .driver = NODE_DRIVER_QCOW2,
         .node_name = (char *)(uintptr_t) "top",
@@ -194,6 +228,9 @@ static int co_fn control_fn add_disk(struct input *in, struct error **err)
     below.definition = &file;
     disk.u.qcow2.file = below;
     disk.u.qcow2.backing = &none;
+    snapshot.any = (char *)(uintptr_t) "1";
+    if (in->snapshot)
+        disk.u.qcow2.snapshot = &snapshot;
     disk.u.qcow2.l2_cache_size = 1 << 20;
     return graph_co_add(in->graph, &disk, err);
 }

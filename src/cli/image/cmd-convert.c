@@ -309,8 +309,6 @@ static int refuse(int opt, struct error **err)
     case 'C':
         return error_set(err, ENOTSUP,
                          "-C: the host's copy offloading is not used; copying is fast without");
-    case 'l':
-        return error_set(err, ENOTSUP, "-l: internal snapshots are not read yet");
     case BITMAPS:
         return error_set(err, ENOTSUP, "--bitmaps: bitmaps in images are not copied yet");
     case SKIP_BROKEN:
@@ -337,6 +335,9 @@ static int read_more(struct convert *c, int opt, struct error **err)
         return tool_read_cache(optarg, &c->source_cache, err);
     case 'U':
         c->source.flags |= IMAGE_SHARE;
+        return 0;
+    case 'l':
+        c->source.snapshot = optarg;
         return 0;
     case 'W':
         c->unordered = true;
@@ -429,6 +430,8 @@ static int convert_run(int argc, char **argv, struct error **err)
         r = error_set(err, EINVAL, "Must specify image file name");
     if (r == 0 && c.count > SOURCES_MAX)
         r = error_set(err, E2BIG, "there are more than %d images", SOURCES_MAX);
+    if (r == 0 && c.count > 1 && c.source.snapshot)
+        r = error_set(err, ENOTSUP, "No support for concatenating multiple snapshot");
     if (r == 0) {
         c.names = argv + optind;
         c.target = argv[argc - 1];
@@ -464,6 +467,8 @@ const struct cli_command convert_command = {
         "      --salvage             what cannot be read becomes zeroes\n"
         "  -p, -q                    show progress; do not\n"
         "      --image-opts          FILE is options: driver=qcow2,file.filename=PATH\n"
+        "  -l SNAPSHOT               the disk as an internal snapshot of FILE has it: an ID, a name, or\n"
+        "                            snapshot.id=ID,snapshot.name=NAME\n"
         "  -U, --force-share         although others write to FILE\n"
         "      --allow DIR           what images refer to may lie in DIR, too\n"
         "  -h, --help                say this and exit\n",

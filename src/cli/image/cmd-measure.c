@@ -156,7 +156,8 @@ static int read_option(struct measure *m, int opt, struct error **err)
         m->options = joined;
         return 0;
     case 'l':
-        return error_set(err, ENOTSUP, "-l: internal snapshots are not read yet");
+        m->spec.snapshot = optarg;
+        return 0;
     case 'U':
         m->spec.flags |= IMAGE_SHARE;
         return 0;
@@ -199,6 +200,8 @@ static int measure_run(int argc, char **argv, struct error **err)
         r = error_set(err, EINVAL, "--size N cannot be used together with a filename.");
     if (r == 0 && !m.has_size && argc == optind)
         r = error_set(err, EINVAL, "Either --size N or one filename must be specified.");
+    if (r == 0 && m.has_size && m.spec.snapshot)
+        r = error_set(err, EINVAL, "-l requires a filename argument.");
     if (r == 0)
         r = tool_check_format(&m.spec, err);
     if (r == 0) {
@@ -222,6 +225,8 @@ const struct cli_command measure_command = {
         "      --size SIZE       of a new, empty disk\n"
         "      --output FORMAT   human (default) or json\n"
         "      --image-opts      FILE is options: driver=qcow2,file.filename=PATH\n"
+        "  -l SNAPSHOT           the disk as an internal snapshot of FILE has it: an ID, a name, or\n"
+        "                        snapshot.id=ID,snapshot.name=NAME\n"
         "  -U, --force-share     although others write to FILE\n"
         "      --allow DIR       what images refer to may lie in DIR, too\n"
         "  -h, --help            say this and exit\n",

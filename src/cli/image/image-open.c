@@ -292,6 +292,8 @@ static json_t *format_definition(const struct image *image, size_t i)
     if (strcmp(layer->format, "qcow2") == 0)
         json_object_set_new(def, "backing",
                             below ? json_string(image->layers[i + 1].node) : json_null());
+    if (i == 0 && image->snapshot)
+        json_object_set(def, "snapshot", image->snapshot);
     set_common(def, image, i);
     return def;
 }
@@ -653,12 +655,36 @@ static int co_fn control_fn open_all(struct image *image, const struct image_spe
     wanted_release(&w);
     if (r == 0)
         r = refuse_missing_base(image, err);
+    if (r == 0 && image->snapshot && strcmp(image_format(image), "qcow2") != 0)
+        r = error_set(err, ENOTSUP, "images of format %s have no snapshots", image_format(image));
     if (r == 0 && image->flags & IMAGE_FILE)
         return check_format_options(image, err);
     if (r == 0 && !(image->flags & IMAGE_HEADERS))
         r = open_formats(image, err);
     if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE | IMAGE_COMMIT | IMAGE_NODES)))
         r = open_backend(image, err);
+    return r;
+}
+
+/* ID or name, or `snapshot.id=ID,snapshot.name=NAME`, one of them at least. */
+static int read_snapshot(struct image *image, const char *text, struct error **err)
+{
+    enum json_in_mode mode;
+    json_t *tree;
+    int r;
+
+    if (strncmp(text, "snapshot.", strlen("snapshot.")) != 0) {
+        image->snapshot = json_string(text);
+        return image->snapshot ? 0 : error_set(err, EINVAL, "snapshot '%s' is not UTF-8", text);
+    }
+    r = keyval_load(text, NULL, &tree, &mode, err);
+    if (r < 0)
+        return r;
+    image->snapshot = json_incref(json_object_get(tree, "snapshot"));
+    if (json_object_size(tree) != 1 || !json_is_object(image->snapshot))
+        r = error_set(err, EINVAL, "'%s' names no snapshot: expected snapshot.id, snapshot.name",
+                      text);
+    json_decref(tree);
     return r;
 }
 
@@ -673,7 +699,9 @@ int image_co_open(struct image *image, struct graph *g, const char *prefix,
         .flags = spec->flags,
         .base_name = spec->base,
     };
-    r = open_all(image, spec, err);
+    r = spec->snapshot ? read_snapshot(image, spec->snapshot, err) : 0;
+    if (r == 0)
+        r = open_all(image, spec, err);
     if (r < 0) {
         image_co_close(image);
         return error_wrap(err, r, "Could not open '%s'", spec->name);
@@ -703,6 +731,7 @@ void image_co_close(struct image *image)
         layer_release(layer);
     }
     free(image->layers);
+    json_decref(image->snapshot);
     free(image->prefix);
     *image = (struct image){.graph = NULL};
 }

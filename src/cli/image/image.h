@@ -41,9 +41,10 @@ enum image_flags {
 /* How an image is named on the command line. */
 struct image_spec {
     const char *name;
-    const char *format; /* NULL: it is probed */
-    bool options;       /* `name` is options (--image-opts) */
-    const char *base;   /* of IMAGE_COMMIT; NULL: the layer below the top */
+    const char *format;   /* NULL: it is probed */
+    bool options;         /* `name` is options (--image-opts) */
+    const char *snapshot; /* -l: what the top shows; NULL: what it holds now */
+    const char *base;     /* of IMAGE_COMMIT; NULL: the layer below the top */
     unsigned flags;
 };
 
@@ -74,7 +75,8 @@ struct image {
     size_t count;
     unsigned flags;
     const char *base_name;
-    size_t base; /* of IMAGE_COMMIT: a layer; 0: it was not found yet, or there is none */
+    size_t base;      /* of IMAGE_COMMIT: a layer; 0: it was not found yet, or there is none */
+    json_t *snapshot; /* that the top shows, as its driver's option; or NULL */
     struct backend *backend; /* on the top */
 };
 

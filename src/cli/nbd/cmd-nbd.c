@@ -138,8 +138,6 @@ static int refuse(int opt, struct error **err)
         return error_set(err, ENOTSUP,
                          "--connect and --disconnect are not supported: nbd-client connects a "
                          "device of the kernel to a server");
-    case 'l':
-        return error_set(err, ENOTSUP, "--load-snapshot is not supported yet");
     case 'T':
         return error_set(err, ENOTSUP, "--trace: there is no tracing of this kind");
     case OPT_SELINUX_LABEL:
@@ -178,6 +176,10 @@ static int read_value(struct nbd_tool *t, int opt, struct error **err)
         return add_bitmap(t, optarg, err);
     case 'f':
         t->spec.format = optarg;
+        return 0;
+    case 'l':
+        t->spec.snapshot = optarg;
+        t->read_only = true;
         return 0;
     case OPT_CACHE:
         return read_cache(t, optarg, err);
@@ -263,6 +265,8 @@ static int check_all(struct nbd_tool *t, int count, struct error **err)
 
     if (r == 0 && t->spec.options && t->spec.format)
         r = error_set(err, EINVAL, "--image-opts and -f are mutually exclusive");
+    if (r == 0 && t->overlay && t->spec.snapshot)
+        r = error_set(err, EINVAL, "--snapshot and --load-snapshot are mutually exclusive");
     if (r == 0)
         r = take_inherited(t, err);
     if (r < 0)
@@ -357,6 +361,8 @@ const struct cli_command nbd_command = {
         "  -f, --format FORMAT       of FILE: raw or qcow2; by default it is probed\n"
         "  -r, --read-only           nobody may write\n"
         "  -s, --snapshot            what is written goes to a temporary file, and with it\n"
+        "  -l, --load-snapshot SNAP  an internal snapshot of FILE, by ID or name or\n"
+        "                            snapshot.id=ID,snapshot.name=NAME; nobody may write\n"
         "  -n, --nocache             the same as --cache=none\n"
         "      --cache MODE          none, writeback (default), writethrough, directsync or unsafe\n"
         "      --aio MODE            how I/O is done: io_uring or threads\n"

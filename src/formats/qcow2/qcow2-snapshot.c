@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Internal snapshots: made, applied, deleted, of an image that nobody else uses.
+ * Internal snapshots: made, applied, deleted, of an image that nobody else uses; and shown, of one that is only read.
  *
  * All of it works on the tables as they are on disk: what is in memory was flushed before, and is forgotten. References are counted
  * in memory first, so that what cannot be done is refused before anything is written.
@@ -22,6 +22,7 @@
 #include "formats/qcow2/qcow2-snapshot-internal.h"
 #include "graph/backend.h"
 #include "graph/gate.h"
+#include "qcow2-options.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -175,6 +176,14 @@ static const struct qcow2_snapshot *find_id(const struct snap *s, const char *id
             return &s->v[i];
     }
     return NULL;
+}
+
+/* By ID, or, if none has this one, by name. */
+static const struct qcow2_snapshot *find_any(const struct snap *s, const char *id_or_name)
+{
+    const struct qcow2_snapshot *sn = find_id(s, id_or_name);
+
+    return sn ? sn : find_name(s, id_or_name);
 }
 
 /* One more than the largest number that is an ID. */
@@ -516,17 +525,25 @@ static int co_fn tally_active(struct snap *s, struct qcow2_counts *c)
     return r == 0 && l1_bytes ? snap_tally(s, c, s->q->map.l1_offset, l1_bytes) : r;
 }
 
+/* The size of the disk, and what its L1 table says: the caller's to free. The state of a machine lies beyond. */
+static int co_fn read_disk(struct snap *s, const struct qcow2_snapshot *sn, uint64_t *ret_size,
+                           struct snap_l1 *ret_l1)
+{
+    uint64_t size = sn->has_disk_size ? sn->disk_size : node_size(s->q->node);
+    uint64_t entries = qcow2_l1_entries_needed(size, s->q->cluster_bits, false);
+
+    if (size > INT64_MAX || entries * QCOW2_ENTRY_LEN > QCOW2_L1_BYTES_MAX)
+        return snap_damaged(s, "a snapshot's disk cannot be as large as", size);
+    *ret_size = size;
+    return snap_read_l1(s, sn, (uint32_t)entries, ret_l1);
+}
+
 static int co_fn prepare_application(struct snap *s, const struct qcow2_snapshot *sn,
                                      struct application *a)
 {
-    uint64_t entries;
     int r;
 
-    a->size = sn->has_disk_size ? sn->disk_size : node_size(s->q->node);
-    entries = qcow2_l1_entries_needed(a->size, s->q->cluster_bits, false);
-    if (a->size > INT64_MAX || entries * QCOW2_ENTRY_LEN > QCOW2_L1_BYTES_MAX)
-        return snap_damaged(s, "a snapshot's disk cannot be as large as", a->size);
-    r = snap_read_l1(s, sn, (uint32_t)entries, &a->l1); /* the state of a machine lies beyond */
+    r = read_disk(s, sn, &a->size, &a->l1);
     if (r == 0)
         r = snap_tally_l1(s, &a->more, a->l1);
     return r == 0 ? tally_active(s, &a->less) : r;
@@ -545,11 +562,9 @@ static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_stat
     struct application a = {.more = {.memory_max = MEMORY_MAX / 2},
                             .less = {.memory_max = MEMORY_MAX / 2},
                             .done = "the snapshot is applied"};
-    const struct qcow2_snapshot *sn = find_id(s, id_or_name);
+    const struct qcow2_snapshot *sn = find_any(s, id_or_name);
     int r;
 
-    if (!sn)
-        sn = find_name(s, id_or_name);
     if (!sn)
         return error_set(s->err, ENOENT, "there is no snapshot with this ID or name");
     *ret_vm_state = sn->vm_state_size;
@@ -574,6 +589,45 @@ static int co_fn empty(struct snap *s)
     if (r == 0)
         r = apply_counted(s, &a);
     release_application(&a);
+    return r;
+}
+
+/* ---- showing ---- */
+
+static bool is_called(const struct qcow2_snapshot *sn, const struct qcow2_snapshot_names *names)
+{
+    return (!names->id || is_text(sn->id, sn->id_len, names->id)) &&
+           (!names->name || is_text(sn->name, sn->name_len, names->name));
+}
+
+static const struct qcow2_snapshot *find_ref(const struct snap *s,
+                                             const struct qcow2_snapshot_ref *ref)
+{
+    if (ref->kind == QCOW2_SNAPSHOT_REF_ANY)
+        return find_any(s, ref->any);
+    for (uint32_t i = 0; i < s->count; i++) {
+        if ((ref->names->id || ref->names->name) && is_called(&s->v[i], ref->names))
+            return &s->v[i];
+    }
+    return NULL;
+}
+
+static int co_fn show(struct snap *s, const struct qcow2_snapshot *sn)
+{
+    struct qcow2_room room = {.l1 = NULL};
+    struct snap_l1 l1 = {.v = NULL};
+    uint64_t size;
+    int r = read_disk(s, sn, &size, &l1);
+
+    if (r == 0 && !qcow2_room_make(s->q, &room, l1.count))
+        r = snap_failed(s, -ENOMEM, "make tables");
+    if (r == 0) {
+        memcpy(room.l1, l1.v, (size_t)l1.count * sizeof(*l1.v));
+        qcow2_room_use(s->q, &room, l1.count, sn->l1_offset);
+        node_set_size(s->q->node, size);
+    }
+    qcow2_room_release(&room);
+    free(l1.v);
     return r;
 }
 
@@ -631,6 +685,21 @@ int qcow2_snapshot_visit(struct qcow2 *q, const struct request *by,
         r = visit_l1(&s, &s.v[i], v);
     release(&s);
     return r;
+}
+
+int qcow2_snapshot_show(struct qcow2 *q, const struct request *by,
+                        const struct qcow2_snapshot_ref *which, struct error **err)
+{
+    struct snap s = {.q = q, .by = by, .err = err};
+    const struct qcow2_snapshot *sn;
+    int r = read_table(&s);
+
+    if (r == 0) {
+        sn = find_ref(&s, which);
+        r = sn ? show(&s, sn) : error_set(err, ENOENT, "there is no such snapshot");
+    }
+    release(&s);
+    return r < 0 ? error_wrap(err, r, "node '%s'", node_name(q->node)) : 0;
 }
 
 int qcow2_co_snapshot_create(struct backend *b, const struct qcow2_snapshot_new *how,

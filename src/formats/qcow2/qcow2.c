@@ -217,12 +217,29 @@ static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
     node_set_preferred_alignment(q->node, node_preferred_alignment(edge_node(q->file)));
 }
 
+/* What the image holds now is not looked at. */
+static int co_fn open_snapshot(struct qcow2 *q, const struct request *by,
+                               const struct qcow2_options *opt, struct error **err)
+{
+    int r;
+
+    if (q->writable)
+        return error_set(err, EINVAL,
+                         "node '%s': a snapshot can only be read: `snapshot` needs `read-only`",
+                         node_name(q->node));
+    r = qcow2_map_init(q, by, 0, 0, opt->l2_cache_size, err);
+    return r < 0 ? r : qcow2_snapshot_show(q, by, opt->snapshot, err);
+}
+
 static int co_fn open_tables(struct qcow2 *q, const struct request *by,
                              const struct qcow2_header *header, const struct qcow2_options *opt,
                              struct error **err)
 {
-    int r = qcow2_map_init(q, by, header->l1_size, header->l1_offset, opt->l2_cache_size, err);
+    int r;
 
+    if (opt->snapshot)
+        return open_snapshot(q, by, opt, err);
+    r = qcow2_map_init(q, by, header->l1_size, header->l1_offset, opt->l2_cache_size, err);
     if (r < 0 || !q->writable)
         return r;
     r = qcow2_alloc_init(q, by, header->refcount_table_offset, header->refcount_table_clusters,

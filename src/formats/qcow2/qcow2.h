@@ -388,6 +388,14 @@ int co_fn qcow2_clear(struct qcow2 *q, const struct request *req, uint64_t first
 int co_fn qcow2_zero_part(struct qcow2 *q, const struct request *req, uint64_t offset,
                           uint64_t len);
 
+/* ---- qcow2-snapshot.c ---- */
+
+struct qcow2_snapshot_ref; /* generated */
+
+/* While the image opens, for reading: the map, which is empty yet, and the size become the snapshot's. -ENOENT, -EIO, ... */
+int co_fn qcow2_snapshot_show(struct qcow2 *q, const struct request *by,
+                              const struct qcow2_snapshot_ref *which, struct error **err);
+
 /* ---- qcow2-resize.c ---- */
 
 int co_fn qcow2_co_resize(struct node *node, struct request *req);
