@@ -8,7 +8,7 @@ set -eu
 
 build='gcc libc6-dev make meson ninja-build pkg-config python3 git scdoc liburing-dev libjansson-dev libssl-dev zlib1g-dev libzstd-dev'
 checks='e2fsprogs mount clang libclang-rt-14-dev clang-format clang-tidy binutils patch libcmocka-dev'
-peers='qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd python3-pytest fio socat strace file'
+peers='qemu-utils qemu-system-common nbdkit libnbd-bin python3-libnbd python3-pytest fio socat strace file cryptsetup-bin'
 packages="$build $checks $peers"
 
 if [ "${1:-}" = --list ]; then

@@ -18,6 +18,7 @@ OPTIONS = (
     ('--nbd-server', 'nbd-server-options', None),
     ('--chardev', 'chardev-options', 'backend'),
     ('--monitor', 'monitor-options', 'chardev'),
+    ('--object', 'object-options', 'qom-type'),
 )
 KEY_COLUMN = 6
 TEXT_COLUMN = 32

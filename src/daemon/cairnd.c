@@ -14,6 +14,7 @@
 #include "control/address.h"
 #include "control/control.h"
 #include "control/qmp-server.h"
+#include "crypto/secret.h"
 #include "daemon/options.h"
 #include "daemon/process.h"
 #include "exports/export.h"
@@ -183,6 +184,12 @@ static int co_fn control_fn do_nbd_server(struct daemon *d, const struct nbd_ser
     return exports_co_nbd_start(d->control->exports, &address, (unsigned)o->max_connections, err);
 }
 
+static int co_fn control_fn do_object(struct daemon *d, const struct object_options *o,
+                                      struct error **err)
+{
+    return secrets_co_add(graph_secrets(d->control->graph), o->id, &o->u.secret, err);
+}
+
 static int co_fn control_fn do_step(struct daemon *d, const struct step *s, struct error **err)
 {
     switch (s->kind) {
@@ -196,6 +203,8 @@ static int co_fn control_fn do_step(struct daemon *d, const struct step *s, stru
         return do_chardev(d, s->value, err);
     case STEP_MONITOR:
         return do_monitor(d, s->value, err);
+    case STEP_OBJECT:
+        return do_object(d, s->value, err);
     }
     return 0;
 }

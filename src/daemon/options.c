@@ -36,6 +36,7 @@ static const struct step_syntax syntaxes[] = {
     [STEP_NBD_SERVER] = {"--nbd-server", &nbd_server_options_type, NULL},
     [STEP_CHARDEV] = {"--chardev", &chardev_options_type, "backend"},
     [STEP_MONITOR] = {"--monitor", &monitor_options_type, "chardev"},
+    [STEP_OBJECT] = {"--object", &object_options_type, "qom-type"},
 };
 
 /* getopt's values: steps are their kind. */
@@ -47,7 +48,6 @@ enum {
     OPT_COPY_THREADS,
     OPT_CHANGE_DEADLINE,
     OPT_ALLOW,
-    OPT_OBJECT,
     OPT_STEP, /* + enum step_kind */
 };
 
@@ -64,7 +64,7 @@ static const struct option long_options[] = {
     {"copy-threads", required_argument, NULL, OPT_COPY_THREADS},
     {"change-deadline", required_argument, NULL, OPT_CHANGE_DEADLINE},
     {"allow", required_argument, NULL, OPT_ALLOW},
-    {"object", required_argument, NULL, OPT_OBJECT},
+    {"object", required_argument, NULL, OPT_STEP + STEP_OBJECT},
     {"trace", required_argument, NULL, 'T'},
     {"help", no_argument, NULL, 'h'},
     {"version", no_argument, NULL, 'V'},
@@ -75,6 +75,8 @@ int step_wrap_error(const struct step *s, struct error **err, int r)
 {
     AUTO(free_ptr) char *text = xstrdup(s->text);
 
+    if (s->kind == STEP_OBJECT)
+        return error_wrap(err, r, "%s", syntaxes[s->kind].option);
     for (char *p = text; *p; p++) {
         if ((unsigned char)*p < ' ')
             *p = ' ';
@@ -134,8 +136,6 @@ static int read_option(struct options *o, int opt, const char *word, struct erro
         return 0;
     case 'T':
         return error_set(err, ENOTSUP, "--trace: there is no tracing of this kind");
-    case OPT_OBJECT:
-        return error_set(err, ENOTSUP, "--object %s: objects are not supported yet", optarg);
     case OPT_DAEMONIZE:
         o->daemonize = true;
         return 0;

@@ -11,7 +11,14 @@
 #include <stdint.h>
 
 /* What is done in the order of the command line. */
-enum step_kind { STEP_BLOCKDEV, STEP_EXPORT, STEP_NBD_SERVER, STEP_CHARDEV, STEP_MONITOR };
+enum step_kind {
+    STEP_BLOCKDEV,
+    STEP_EXPORT,
+    STEP_NBD_SERVER,
+    STEP_CHARDEV,
+    STEP_MONITOR,
+    STEP_OBJECT
+};
 
 struct step {
     enum step_kind kind;
@@ -40,7 +47,7 @@ struct options {
 int options_parse(struct options *ret, int argc, char **argv, struct error **err);
 void options_release(struct options *o);
 
-/* Puts `--blockdev VALUE: ` before an error of this step, on one line. Returns r. */
+/* Puts `--blockdev VALUE: ` before an error of this step, on one line; without the value where it holds a secret. Returns r. */
 int step_wrap_error(const struct step *s, struct error **err, int r);
 
 /* The text for --help. Owned by the caller. */

@@ -5,11 +5,12 @@
 
 #include <stddef.h>
 
+extern const struct driver luks_driver;
 extern const struct driver qcow2_driver;
 extern const struct driver raw_driver;
 extern const struct driver vdi_driver;
 extern const struct driver vpc_driver;
 
 const struct driver *const format_drivers[] = {
-    &qcow2_driver, &raw_driver, &vdi_driver, &vpc_driver, NULL,
+    &luks_driver, &qcow2_driver, &raw_driver, &vdi_driver, &vpc_driver, NULL,
 };

@@ -21,6 +21,7 @@ struct graph {
     struct list changes;  /* struct change */
     struct list orphans;  /* struct node (G7) */
     struct list grants;   /* struct grant (Q6) */
+    struct secrets *secrets;
     struct co_scope closers;
     struct node *names[GRAPH_NAME_BUCKETS];
     unsigned next_auto_name;

@@ -10,6 +10,7 @@
 #include "base/alloc.h"
 #include "base/json-in.h"
 #include "base/macros.h"
+#include "crypto/secret.h"
 #include "graph/change.h"
 #include "graph/grants.h"
 #include "graph/graph-internal.h"
@@ -34,6 +35,7 @@ struct graph *graph_new(const struct driver *const *const *drivers)
     list_init(&g->changes);
     list_init(&g->orphans);
     list_init(&g->grants);
+    g->secrets = secrets_new();
     co_scope_init(&g->closers);
     g->change_deadline_ns = CHANGE_DEADLINE_DEFAULT_NS;
     return g;
@@ -55,6 +57,11 @@ void graph_name_insert(struct graph *g, struct node *node)
 
     node->name_next = *bucket;
     *bucket = node;
+}
+
+struct secrets *graph_secrets(struct graph *g)
+{
+    return g->secrets;
 }
 
 void graph_name_remove(struct graph *g, struct node *node)
@@ -576,6 +583,7 @@ struct graph *graph_co_free(struct graph *g)
         return NULL; /* the host may still write into what it is made of */
     assert(list_empty(&g->changes));
     grants_release(g);
+    g->secrets = secrets_free(g->secrets);
     free(g);
     return NULL;
 }

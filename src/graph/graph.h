@@ -11,6 +11,7 @@
 
 struct graph;
 struct driver;
+struct secrets;
 
 /* Requests that have come to a node, those included that have gone on below it; the oldest, and the node that it is in. */
 struct node_load {
@@ -24,6 +25,9 @@ struct node_options; /* generated: what blockdev-add takes */
 struct graph *graph_new(const struct driver *const *const *drivers);
 /* Closes all nodes, parents before children. There are no backends any more. Returns NULL. */
 struct graph *co_fn control_fn graph_co_free(struct graph *g);
+
+/* The secrets that nodes are opened with. Borrowed. */
+struct secrets *graph_secrets(struct graph *g);
 
 /* NULL if there is none. Borrowed. */
 struct node *graph_find(struct graph *g, const char *name);

@@ -4,11 +4,13 @@
 #include "base/alloc.h"
 #include "base/checked.h"
 #include "base/macros.h"
+#include "crypto/secret.h"
 #include "graph/backend.h"
 #include "graph/graph-internal.h"
 #include "graph/tracker.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,6 +49,14 @@ unsigned node_alignment(const struct node *node)
 unsigned node_preferred_alignment(const struct node *node)
 {
     return MAX(node->align, node->preferred_align);
+}
+
+int node_get_secret(const struct node *node, const char *id, struct secret *ret, struct error **err)
+{
+    int r = id ? secrets_get(node->graph->secrets, id, ret, err)
+               : error_set(err, EINVAL, "'key-secret' is needed: the image is encrypted");
+
+    return r < 0 ? error_wrap(err, r, "node '%s'", node->name) : 0;
 }
 
 struct edge *node_child(const struct node *node, const char *name)

@@ -19,6 +19,7 @@ struct edge;
 struct epoch;
 struct graph;
 struct node;
+struct secret;
 struct node_options; /* generated: a node's definition */
 
 /* The largest disk: below 2^63 by a margin, so that ends of ranges never wrap. QEMU's limit. */
@@ -80,6 +81,9 @@ void node_set_alignment(struct node *node, unsigned request, unsigned memory);
 void node_set_preferred_alignment(struct node *node, unsigned request);
 /* For co_open: opened for reading only after all. */
 void node_set_read_only(struct node *node);
+/* For co_open: a copy of the secret that its options name; secret_release() ends it. -EINVAL if they name none, -ENOENT. */
+int node_get_secret(const struct node *node, const char *id, struct secret *ret,
+                    struct error **err);
 /*
  * For co_open of a format, when the options say nothing of a backing node: what its image names shall be opened, as a file of
  * that format, if grants allow it (Q6).

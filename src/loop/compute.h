@@ -5,6 +5,8 @@
 
 #include "base/context.h"
 
+#include <stdint.h>
+
 typedef void compute_fn(void *arg);
 
 /*
@@ -13,5 +15,11 @@ typedef void compute_fn(void *arg);
  * once.)
  */
 int co_fn loop_co_compute(compute_fn *fn, void *arg);
+
+/*
+ * The same for work of seconds, which would keep others from the pool: on a thread of its own. *ret_cpu_ns is what processor time
+ * it took. (Simulated: always the same.)
+ */
+int co_fn loop_co_compute_long(compute_fn *fn, void *arg, uint64_t *ret_cpu_ns);
 
 #endif

@@ -48,6 +48,7 @@ struct io_op {
     bool durable;     /* IO_WRITE */
     bool is_sync;     /* between file_sync_begin() and file_sync_end() */
     bool any_content; /* IO_PUNCH: the range need not read as zeroes */
+    bool alone;       /* IO_COMPUTE: on a thread of its own */
     bool owns_memory; /* all memory that it refers to lives as long as the operation */
     struct loop *loop;
     int64_t result;

@@ -181,7 +181,7 @@ int worker_submit_elsewhere(struct io_op *op)
     struct worker_pool *p;
     int r;
 
-    if (op->kind == IO_COMPUTE) {
+    if (op->kind == IO_COMPUTE && !op->alone) {
         (void)pthread_once(&computing_once, make_computing_pool);
         return worker_submit(computing_pool, op);
     }

@@ -20,7 +20,10 @@ struct worker_pool *worker_pool_free(struct worker_pool *p);
 /* Runs op_blocking() on a thread of the pool and completes the operation on its loop. -EAGAIN if no thread can be had. */
 int worker_submit(struct worker_pool *p, struct io_op *op);
 
-/* As worker_submit(), for an operation without a file: on a thread for it alone, or, if it only computes, on one of a pool. */
+/*
+ * As worker_submit(), for an operation without a file: on a thread for it alone, or, if it only computes and not for long, on one
+ * of a pool.
+ */
 int worker_submit_elsewhere(struct io_op *op);
 
 #endif

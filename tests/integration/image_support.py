@@ -34,15 +34,33 @@ def run(*command, ok=(0,), **options):
     return done
 
 
-def peer_creates_encrypted(path):
+def peer_makes_keys(*arguments, cwd=None):
     """qemu-img times its key derivation by the CPU clock, whose ticks are too coarse for it on some machines."""
     for _ in range(200):
-        made = run("qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
-                   "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", str(path), "1M", ok=None)
+        made = run("qemu-img", *map(str, arguments), ok=None, cwd=cwd)
         if made.returncode == 0:
             return
         assert "accurate CPU usage" in made.stderr, made.stderr
     raise AssertionError(made.stderr)
+
+
+def peer_creates_encrypted(path, fmt="qcow2", options="", size="1M", cwd=None):
+    """With the secret `abc`. `options`: the format's own, beside these."""
+    names = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10" if fmt == "qcow2" else "key-secret=s,iter-time=10"
+    peer_makes_keys("create", "-q", "-f", fmt, "--object", "secret,id=s,data=abc", "-o", f"{names}{options and ','}{options}",
+                    path, size, cwd=cwd)
+
+
+def cryptsetup_creates(path, cipher="aes-xts-plain64", bits=512, digest="sha256", size=1 << 20, kind="luks1"):
+    """With the secret `abc`, a disk of `size` bytes, and at once. What there is to say about speed is said with few iterations."""
+    with open(path, "wb") as f:
+        f.truncate(size + (2 << 20 if kind == "luks1" else 16 << 20))
+    key = f"{path}.key"
+    with open(key, "w", encoding="ascii") as f:
+        f.write("abc")
+    run("cryptsetup", "-q", "luksFormat", "--type", kind, "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--cipher", cipher,
+        "--key-size", str(bits), "--hash", digest, str(path), key)
+    return key
 
 
 class Tools:
