@@ -12,6 +12,7 @@
 #include "bitmaps/bitmap.h"
 #include "base/alloc.h"
 #include "base/checked.h"
+#include "base/endian.h"
 #include "base/macros.h"
 #include "bitmaps/bitmap-arena.h"
 
@@ -472,6 +473,44 @@ void bitmap_read(const struct bitmap *b, uint64_t first, void *buf, size_t bytes
             break;
         for (uint64_t i = run.first - first; i < run.pos - first; i++)
             out[i / 8] |= (uint8_t)(1u << i % 8);
+    }
+}
+
+/* The granules of one word of a leaf. */
+static void or_word(struct bitmap *b, uint64_t first, uint64_t mask)
+{
+    uint32_t *entry = &b->root;
+    unsigned level = b->levels;
+
+    for (;;) {
+        uint32_t seen = open_entry(b, entry, level, false);
+        struct bitmap_node *node;
+
+        if (seen == FULL)
+            return;
+        node = node_at(b, seen);
+        if (!level) {
+            set_in_word(&node->words[first / 64 % BITMAP_NODE_WORDS], mask);
+            return;
+        }
+        level--;
+        entry = &node->entries[(first >> level_bits(level)) % BITMAP_NODE_ENTRIES];
+    }
+}
+
+void bitmap_write(struct bitmap *b, uint64_t first, const void *buf, size_t bytes)
+{
+    const uint8_t *in = buf;
+
+    assert(first % 64 == 0);
+    for (size_t at = 0; at < bytes && first < b->granules; at += 8, first += 64) {
+        uint8_t word[8] = {0};
+        uint64_t bits;
+
+        memcpy(word, in + at, MIN(bytes - at, sizeof(word)));
+        bits = load_le64(word) & word_mask(0, MIN(b->granules - first, (uint64_t)64) - 1);
+        if (bits)
+            or_word(b, first, bits);
     }
 }
 

@@ -59,6 +59,12 @@ uint64_t bitmap_count(const struct bitmap *b);
 void bitmap_read(const struct bitmap *b, uint64_t first, void *buf, size_t bytes);
 
 /*
+ * Any thread. The reverse: makes dirty what is set in `buf`, for granules from `first` on, a multiple of 64. What lies beyond the
+ * size is left out. Never fails (BITMAP-2).
+ */
+void bitmap_write(struct bitmap *b, uint64_t first, const void *buf, size_t bytes);
+
+/*
  * Drained, both. Makes dirty in `dst` what is dirty in `src`, rounded outward to dst's granules. Sizes and granularities may
  * differ; they may be the same one. -ENOMEM: all of that is done, but there was no memory to be exact (BITMAP-2).
  */

@@ -8,6 +8,7 @@
 #include "base/checked.h"
 #include "base/list.h"
 #include "base/macros.h"
+#include "bitmaps/bitmap-store.h"
 #include "graph/driver.h"
 #include "graph/tracker.h"
 #include "loop/loop.h"
@@ -18,8 +19,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The granularity of a node whose driver has no clusters. */
-#define DEFAULT_GRANULARITY (64 * KIB)
+/* The granularity, where none is said, is that of the node's clusters within these; the latter if it has none. */
+#define DEFAULT_GRANULARITY_MIN (4 * KIB)
+#define DEFAULT_GRANULARITY_MAX (64 * KIB)
 
 struct dirty_bitmap {
     struct list link; /* in group->bitmaps */
@@ -28,6 +30,9 @@ struct dirty_bitmap {
     struct bitmap *successor; /* while a job has it frozen */
     char *owner;              /* DIRTY-3; NULL: none */
     bool enabled;
+    bool persistent;   /* its node's image stores it when it is closed */
+    bool inconsistent; /* DIRTY-6, as the next one */
+    bool read_only;
     uint64_t high_water; /* DIRTY-4: the largest size since it was clear */
     uint8_t generation[DIRTY_BITMAP_GENERATION_BYTES];
     uint8_t successor_generation[DIRTY_BITMAP_GENERATION_BYTES]; /* while there is a successor */
@@ -217,8 +222,9 @@ static int find_ref(const struct change *c, struct graph *graph, const struct di
     return 0;
 }
 
-int dirty_bitmap_need(const struct change *c, struct graph *graph, struct dirty_bitmap_ref ref,
-                      struct dirty_bitmap **ret, struct error **err)
+/* One that nobody has and that is not on its way out. */
+static int find_free(const struct change *c, struct graph *graph, struct dirty_bitmap_ref ref,
+                     struct dirty_bitmap **ret, struct error **err)
 {
     const struct dirty_bitmap_action *frozen;
     struct dirty_bitmap *d;
@@ -243,6 +249,30 @@ int dirty_bitmap_need(const struct change *c, struct graph *graph, struct dirty_
     return 0;
 }
 
+int dirty_bitmap_need(const struct change *c, struct graph *graph, struct dirty_bitmap_ref ref,
+                      struct dirty_bitmap **ret, struct error **err)
+{
+    int r = find_free(c, graph, ref, ret, err);
+
+    if (r == 0 && (*ret)->inconsistent) /* DIRTY-6 */
+        return error_set(err, EINVAL,
+                         "dirty bitmap '%s' of node '%s' is inconsistent: it may have missed "
+                         "changes, and can only be removed",
+                         ref.name, ref.node);
+    return r;
+}
+
+/* What the image stores cannot change. */
+static int check_writable(const struct dirty_bitmap_action *a, struct error **err)
+{
+    return a->bitmap->read_only
+               ? error_set(err, EROFS,
+                           "dirty bitmap '%s' is stored in the image of node '%s', which is open "
+                           "for reading only",
+                           a->ref.name, a->ref.node)
+               : 0;
+}
+
 static struct dirty_bitmap_action *action_of(struct change_action *action)
 {
     return container_of(action, struct dirty_bitmap_action, action);
@@ -262,6 +292,14 @@ static int prepare_bitmap(struct dirty_bitmap_action *a, struct error **err)
     if (r == 0)
         a->bitmap = d;
     return r;
+}
+
+/* The same, and its content is going to change. */
+static int prepare_content(struct dirty_bitmap_action *a, struct error **err)
+{
+    int r = prepare_bitmap(a, err);
+
+    return r < 0 ? r : check_writable(a, err);
 }
 
 static int control_fn prepare_only(struct change_action *action, struct error **err)
@@ -333,6 +371,16 @@ static int reserve(struct change *c, const char *node_name, struct error **err)
 
 /* ---- add ---- */
 
+static uint64_t default_granularity(const struct node *node)
+{
+    const struct driver *driver = node_driver(node);
+    uint64_t cluster = driver->cluster_bytes ? driver->cluster_bytes(node) : 0;
+
+    if (!cluster)
+        return DEFAULT_GRANULARITY_MAX;
+    return MIN(MAX(cluster, DEFAULT_GRANULARITY_MIN), DEFAULT_GRANULARITY_MAX);
+}
+
 static int check_new(struct dirty_bitmap_action *a, const struct node *node, struct error **err)
 {
     const char *name = a->ref.name;
@@ -365,7 +413,45 @@ static int check_is_disk(const struct node *node, struct error **err)
     return 0;
 }
 
-static int control_fn add_prepare(struct change_action *action, struct error **err)
+/* With those of the node that are stored, and that the actions before this one add. */
+static int co_fn control_fn check_storable(const struct dirty_bitmap_action *a, struct node *node,
+                                           struct error **err)
+{
+    const struct bitmap_store *store = node_driver(node)->bitmap_store;
+    struct bitmap_store_new new = {
+        .name = a->ref.name,
+        .granularity = a->granularity,
+        .count = 1,
+        .name_bytes = strlen(a->ref.name),
+    };
+    struct dirty_bitmap *d = NULL;
+    struct change_action *action;
+
+    if (!store)
+        return error_set(err, EOPNOTSUPP,
+                         "dirty bitmap '%s' cannot be persistent: node '%s' cannot store bitmaps",
+                         a->ref.name, a->ref.node);
+    while ((d = dirty_bitmap_next_persistent(node, d))) {
+        new.count++;
+        new.name_bytes += strlen(d->name);
+    }
+    list_for_each (&a->action.change->actions, action, link) {
+        const struct dirty_bitmap_action *other;
+
+        if (action == &a->action)
+            break;
+        if (action->ops != &add_ops)
+            continue;
+        other = container_of(action, struct dirty_bitmap_action, action);
+        if (other->persistent && strcmp(other->ref.node, a->ref.node) == 0) {
+            new.count++;
+            new.name_bytes += strlen(other->ref.name);
+        }
+    }
+    return store->co_check_new(node, &new, err);
+}
+
+static int co_fn control_fn add_prepare(struct change_action *action, struct error **err)
 {
     struct dirty_bitmap_action *a = action_of(action);
     struct dirty_bitmap *d;
@@ -374,9 +460,13 @@ static int control_fn add_prepare(struct change_action *action, struct error **e
 
     if (r == 0)
         r = check_is_disk(node, err);
-
-    if (r == 0)
-        r = check_new(a, node, err);
+    if (r < 0)
+        return r;
+    if (!a->granularity)
+        a->granularity = default_granularity(node);
+    r = check_new(a, node, err);
+    if (r == 0 && a->persistent)
+        r = check_storable(a, node, err);
     if (r < 0)
         return r;
     a->group = group_new(); /* an action before this one may take the last bitmap away */
@@ -391,6 +481,7 @@ static int control_fn add_prepare(struct change_action *action, struct error **e
     d->name = xstrdup(a->ref.name);
     d->bits = bitmap_new(node_size(node), a->granularity);
     d->enabled = a->enabled;
+    d->persistent = a->persistent;
     d->high_water = node_size(node);
     return d->bits ? 0 : no_memory(a, err);
 }
@@ -429,7 +520,7 @@ int dirty_bitmap_action_add(struct change *c, struct dirty_bitmap_action *a,
 {
     begin(c, a, &add_ops, ref);
     guard_action_add(c, &a->guard, 1); /* I5 */
-    a->granularity = granularity ? granularity : DEFAULT_GRANULARITY;
+    a->granularity = granularity;
     a->enabled = enabled;
     return reserve(c, ref.node, err);
 }
@@ -439,11 +530,40 @@ int dirty_bitmap_action_add(struct change *c, struct dirty_bitmap_action *a,
 static int control_fn remove_prepare(struct change_action *action, struct error **err)
 {
     struct dirty_bitmap_action *a = action_of(action);
-    int r = prepare_bitmap(a, err);
+    int r = find_free(action->change, graph_of(a), a->ref, &a->bitmap, err);
 
     if (r == 0)
-        a->guard.node = node_in_commit(a);
-    return r;
+        r = check_writable(a, err);
+    if (r < 0) {
+        a->bitmap = NULL;
+        return r;
+    }
+    a->guard.node = node_in_commit(a);
+    if (a->bitmap->persistent)
+        action->node = a->guard.node;
+    return 0;
+}
+
+/* From the image. */
+static int co_fn control_fn remove_persist(struct change_action *action, struct error **err)
+{
+    const struct dirty_bitmap_action *a = action_of(action);
+
+    if (!a->bitmap->persistent)
+        return 0;
+    return node_driver(action->node)
+        ->bitmap_store->co_remove(action->node, action_pass(action), a->ref.name, err);
+}
+
+static int co_fn control_fn remove_undo(struct change_action *action, struct error **err)
+{
+    const struct dirty_bitmap_action *a = action_of(action);
+
+    (void)err;
+    if (!a->bitmap->persistent)
+        return 0;
+    return node_driver(action->node)
+        ->bitmap_store->co_remove_undo(action->node, action_pass(action), a->ref.name);
 }
 
 static void control_fn remove_commit(struct change_action *action)
@@ -461,12 +581,16 @@ static void control_fn remove_commit(struct change_action *action)
 
 static void remove_finish(struct change_action *action)
 {
+    if (action->node)
+        node_driver(action->node)->bitmap_store->removed(action->node, action_of(action)->ref.name);
     action_of(action)->bitmap = dirty_bitmap_free(action_of(action)->bitmap);
     action_release(action);
 }
 
 static const struct change_action_ops remove_ops = {
     .co_prepare = remove_prepare,
+    .co_persist = remove_persist,
+    .co_undo = remove_undo,
     .commit = remove_commit,
     .co_abort = action_release,
     .co_finish = remove_finish,
@@ -485,7 +609,7 @@ int dirty_bitmap_action_remove(struct change *c, struct dirty_bitmap_action *a,
 static int control_fn clear_prepare(struct change_action *action, struct error **err)
 {
     struct dirty_bitmap_action *a = action_of(action);
-    int r = prepare_bitmap(a, err);
+    int r = prepare_content(a, err);
 
     if (r < 0)
         return r;
@@ -562,7 +686,7 @@ int dirty_bitmap_action_enable(struct change *c, struct dirty_bitmap_action *a,
 static int control_fn merge_prepare(struct change_action *action, struct error **err)
 {
     struct dirty_bitmap_action *a = action_of(action);
-    int r = prepare_bitmap(a, err);
+    int r = prepare_content(a, err);
 
     if (r < 0)
         return r;
@@ -646,7 +770,7 @@ static int control_fn freeze_prepare(struct change_action *action, struct error 
         return no_memory(a, err);
     a->owner_copy = xstrdup(a->owner);
     a->bitmap = d;
-    return 0;
+    return a->leaves_as_it_was ? 0 : check_writable(a, err);
 }
 
 static void control_fn freeze_commit(struct change_action *action)
@@ -744,6 +868,71 @@ int dirty_bitmap_action_abdicate(struct change *c, struct dirty_bitmap_action *a
     return reserve(c, ref.node, err);
 }
 
+/* ---- for formats that store them ---- */
+
+int dirty_bitmap_load(struct node *node, const struct dirty_bitmap_loaded *how, struct bitmap *bits)
+{
+    struct node_bitmaps *group = group_of(node);
+    struct dirty_bitmap *d = try_new(struct dirty_bitmap);
+
+    if (!group && d) {
+        group = group_new();
+        if (group)
+            node_attach_tracker(node, &group->tracker);
+    }
+    if (!group || !d) {
+        free(d);
+        bitmap_free(bits);
+        return -ENOMEM;
+    }
+    d->name = xstrdup(how->name);
+    d->bits = bits;
+    d->enabled = how->enabled && !how->inconsistent;
+    d->persistent = true;
+    d->inconsistent = how->inconsistent;
+    d->read_only = how->read_only;
+    d->high_water = UINT64_MAX; /* DIRTY-4: the image does not say how large the disk once was */
+    d->live = bits;
+    new_generation(d);
+    list_append(&group->bitmaps, &d->link);
+    if (d->enabled) { /* as group_update(), but there may be many */
+        d->next_recording = group->recording;
+        group->recording = d;
+    }
+    if (!how->read_only)
+        node_guard(node); /* I5 */
+    return 0;
+}
+
+struct dirty_bitmap *dirty_bitmap_next_persistent(const struct node *node,
+                                                  const struct dirty_bitmap *d)
+{
+    const struct node_bitmaps *group = group_of(node);
+
+    if (!group)
+        return NULL;
+    for (struct list *l = d ? d->link.next : group->bitmaps.next; l != &group->bitmaps;
+         l = l->next) {
+        struct dirty_bitmap *next = list_entry(l, struct dirty_bitmap, link);
+
+        if (next->persistent)
+            return next;
+    }
+    return NULL;
+}
+
+bool dirty_bitmap_inconsistent(const struct dirty_bitmap *d)
+{
+    return d->inconsistent;
+}
+
+struct bitmap *dirty_bitmap_bits_to_store(struct dirty_bitmap *d)
+{
+    if (d->successor)
+        (void)bitmap_merge(d->successor, d->bits); /* without memory it has more */
+    return d->successor ? d->successor : d->bits;
+}
+
 /* ---- outside of changes ---- */
 
 int dirty_bitmap_co_hold(struct graph *graph, struct dirty_bitmap_ref ref, const char *owner,
@@ -814,6 +1003,8 @@ static void describe(const struct dirty_bitmap *d, struct dirty_bitmap_picture *
     ret->granularity = bitmap_granularity(d->bits);
     ret->recording = d->enabled;
     ret->busy = d->owner != NULL;
+    ret->persistent = d->persistent;
+    ret->inconsistent = d->inconsistent;
     memcpy(ret->generation, d->generation, sizeof(ret->generation));
     ret->has_successor = d->successor != NULL;
     if (ret->has_successor)

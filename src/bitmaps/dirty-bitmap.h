@@ -10,6 +10,8 @@
  * DIRTY-3 A bitmap that has an owner (a job, an export) is changed by nobody else.
  * DIRTY-4 What a disk had before it was cut and grown again is dirty: it has changed (P2). What it never had is clean.
  * DIRTY-5 While a node has bitmaps nobody else writes below it, in this process or, where locks tell, in another one (I5).
+ * DIRTY-6 What an image says of a bitmap that it had in use when it was closed is not known to be all: such a bitmap is inconsistent, and
+ *         can only be removed. Those of an image that is open for reading only stay what they are.
  */
 #ifndef CAIRN_BITMAPS_DIRTY_BITMAP_H
 #define CAIRN_BITMAPS_DIRTY_BITMAP_H
@@ -52,6 +54,9 @@ struct dirty_bitmap_action {
     const char *owner;
     const struct dirty_bitmap_ref *sources;
     size_t source_count;
+    /* Set by the caller, after the function that adds it: */
+    bool persistent;       /* add: it shall be stored in the node's image when that is closed */
+    bool leaves_as_it_was; /* freeze: the job will not change it, so that it may be read-only */
 
     /* From prepare on. */
     struct dirty_bitmap *bitmap;
@@ -61,11 +66,14 @@ struct dirty_bitmap_action {
     struct bitmap *spare; /* the content that the bitmap does not have: the next, or the last one */
 };
 
-/* Granularity 0: the default. -EEXIST, -EINVAL, -ENOMEM. */
+/* Granularity 0: the default. -EEXIST, -EINVAL, -ENOMEM; if it shall be persistent, what the image has against it. */
 int dirty_bitmap_action_add(struct change *c, struct dirty_bitmap_action *a,
                             struct dirty_bitmap_ref ref, uint64_t granularity, bool enabled,
                             struct error **err);
-/* These: -ENOENT, -EBUSY for a bitmap with an owner; clear and merge -ENOMEM. */
+/*
+ * These: -ENOENT, -EBUSY for a bitmap with an owner; -EROFS for a read-only one, but to enable it; -EINVAL for an inconsistent one, but
+ * to remove it; clear and merge -ENOMEM.
+ */
 int dirty_bitmap_action_remove(struct change *c, struct dirty_bitmap_action *a,
                                struct dirty_bitmap_ref ref, struct error **err);
 int dirty_bitmap_action_clear(struct change *c, struct dirty_bitmap_action *a,
@@ -97,6 +105,25 @@ int dirty_bitmap_action_abdicate(struct change *c, struct dirty_bitmap_action *a
 int dirty_bitmap_need(const struct change *c, struct graph *graph, struct dirty_bitmap_ref ref,
                       struct dirty_bitmap **ret, struct error **err);
 
+/* ---- for formats that store them (bitmaps/bitmap-store.h) ---- */
+
+struct dirty_bitmap_loaded {
+    const char *name; /* that no other one of the node has */
+    bool enabled;
+    bool inconsistent; /* nothing is known of its content */
+    bool read_only;    /* as is its image */
+};
+
+/* In a format's co_open: a bitmap that its image has. Takes `bits`. -ENOMEM. */
+int control_fn dirty_bitmap_load(struct node *node, const struct dirty_bitmap_loaded *how,
+                                 struct bitmap *bits);
+/* The persistent ones of a node, oldest first: the one after `d`, or the first; NULL: there are no more. */
+struct dirty_bitmap *dirty_bitmap_next_persistent(const struct node *node,
+                                                  const struct dirty_bitmap *d);
+bool dirty_bitmap_inconsistent(const struct dirty_bitmap *d);
+/* Nothing is in flight: with what a successor has (I6), whoever owns it. */
+struct bitmap *dirty_bitmap_bits_to_store(struct dirty_bitmap *d);
+
 /* ---- outside of changes ---- */
 
 /* Gives it an owner, `owner` as messages name it, copied: then it stays, and only requests change its bits. As above. */
@@ -123,6 +150,8 @@ struct dirty_bitmap_picture {
     uint64_t granularity;
     bool recording;
     bool busy;
+    bool persistent;
+    bool inconsistent;
     /* New with each add, clear, enable and disable, and the successor's when a job has consumed it. */
     uint8_t generation[DIRTY_BITMAP_GENERATION_BYTES];
     bool has_successor; /* it is frozen by a job that consumes it */

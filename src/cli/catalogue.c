@@ -229,7 +229,7 @@ static int check_image(const struct catalogue *c, const struct point *p, struct 
     close(fd);
     if (r < 0)
         return r;
-    r = qcow2_header_parse(&header, bytes, len, size, p->image, err);
+    r = qcow2_header_parse_tolerant(&header, bytes, len, size, p->image, err);
     if (r < 0)
         return r;
     r = check_image_header(c, p, &header, err);

@@ -219,7 +219,7 @@ static int co_fn control_fn take_layer(struct resolution *x, char **path, char *
     r = add_layer(x, *path, *format, &image, err);
     layer = r == 0 ? &x->layers.v[x->layers.count - 1] : NULL;
     if (layer && strcmp(layer->format, "qcow2") == 0) {
-        r = qcow2_header_parse(&header, image.bytes, image.len, image.size, *path, err);
+        r = qcow2_header_parse_tolerant(&header, image.bytes, image.len, image.size, *path, err);
         if (r == 0) {
             r = qcow2_header_check_supported(&header, x->read_only || x->layers.count > 1, *path,
                                              err);

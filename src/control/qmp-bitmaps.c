@@ -104,6 +104,9 @@ static void add_description(const struct dirty_bitmap_picture *picture, void *ar
     info->granularity = picture->granularity;
     info->recording = picture->recording;
     info->busy = picture->busy;
+    info->persistent = picture->persistent;
+    info->has_inconsistent = picture->inconsistent; /* said only where it is */
+    info->inconsistent = picture->inconsistent;
     info->generation = xnew_n(char, 2 * sizeof(picture->generation) + 1);
     hex(info->generation, picture->generation, sizeof(picture->generation));
     if (!picture->has_successor)

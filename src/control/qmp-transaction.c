@@ -21,14 +21,13 @@ static int add_bitmap(struct transaction_part *part, struct change *c,
                       const struct block_dirty_bitmap_add *data, struct error **err)
 {
     struct dirty_bitmap_ref ref = {.node = data->node, .name = data->name};
+    int r;
 
-    if (data->persistent)
-        return error_set(err, EOPNOTSUPP,
-                         "dirty bitmap '%s' cannot be persistent: node '%s' cannot store bitmaps",
-                         data->name, data->node);
     if (data->has_granularity && !data->granularity)
         return error_set(err, EINVAL, "granularity 0 is not a power of two");
-    return dirty_bitmap_action_add(c, &part->bitmap, ref, data->granularity, !data->disabled, err);
+    r = dirty_bitmap_action_add(c, &part->bitmap, ref, data->granularity, !data->disabled, err);
+    part->bitmap.persistent = data->persistent;
+    return r;
 }
 
 static int merge_bitmaps(struct transaction_part *part, struct change *c,

@@ -102,9 +102,9 @@ static void co_fn control_fn close_main(void *arg)
             return;
         }
     }
-    close_trackers(node);
     if (node->opened)
         node->driver->co_close(node);
+    close_trackers(node); /* the driver may have stored what they know */
     epoch_co_release(&node->epoch);
     node->opened = false; /* queries come while the children close */
     node->closed = true;

@@ -20,6 +20,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct bitmap_store;
+
 enum driver_kind { DRIVER_PROTOCOL, DRIVER_FORMAT, DRIVER_FILTER };
 
 /* Where a range of a format's disk lies. */
@@ -49,6 +51,9 @@ struct driver {
     bool compresses;     /* writes honour REQUEST_COMPRESSED */
     bool keeps_metadata; /* a format that keeps metadata of its own in its file */
     bool only_reads; /* a format that is never written: its nodes are read-only, or do not open */
+
+    const struct bitmap_store
+        *bitmap_store; /* bitmaps/bitmap-store.h; NULL: it stores no dirty bitmaps */
 
     /*
      * All operations may yield: those that do requests run on any loop, co_open, co_close and co_set_access on the control

@@ -311,7 +311,8 @@ static int co_fn control_fn open_driver(struct node *node, const void *options, 
         r = driver->co_open(node, options, err);
         node->opened = r == 0;
     }
-    return r < 0 || driver->keeps_metadata ? r : settle_access(node, err);
+    /* What it has found in the image may guard it. */
+    return r < 0 || (driver->keeps_metadata && !node->guards) ? r : settle_access(node, err);
 }
 
 /* Without what a reference in its image opens. */

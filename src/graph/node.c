@@ -134,6 +134,11 @@ void node_set_size(struct node *node, uint64_t size)
         t->resized(t, size);
 }
 
+void node_guard(struct node *node)
+{
+    node->guards++;
+}
+
 void node_set_alignment(struct node *node, unsigned request, unsigned memory)
 {
     assert(is_power_of_2(request) && is_power_of_2(memory));

@@ -89,5 +89,7 @@ int node_get_secret(const struct node *node, const char *id, struct secret *ret,
  * that format, if grants allow it (Q6).
  */
 void node_want_backing(struct node *node, const char *file, const char *format);
+/* For co_open: it is guarded from now on, once more (see struct guard_action). */
+void node_guard(struct node *node);
 
 #endif

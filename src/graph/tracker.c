@@ -22,6 +22,12 @@ void node_detach_tracker(struct node *node, struct tracker *t)
     t->next = NULL;
 }
 
+void node_tell_changed(struct node *node, uint64_t offset, uint64_t len)
+{
+    for (struct tracker *t = node->trackers; t; t = t->next)
+        t->changed(t, offset, len);
+}
+
 struct tracker *node_trackers(const struct node *node)
 {
     return node->trackers;

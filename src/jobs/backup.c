@@ -337,6 +337,7 @@ int backup_job_add_actions(struct backup_job *b, struct change *c, struct error 
         r = dirty_bitmap_action_freeze(c, &b->bitmap_action, b->bitmap, b->owner, err);
         if (r < 0)
             return r;
+        b->bitmap_action.leaves_as_it_was = b->mode == BITMAP_SYNC_MODE_NEVER;
         change_add_action(c, &b->look, &look_ops);
     }
     return backup_add_actions(b->backup, c, err);

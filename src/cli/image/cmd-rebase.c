@@ -188,7 +188,7 @@ static int co_fn change_header(struct rebase *x, struct backend *b, struct error
     if (r < 0)
         r = error_set(err, -r, "cannot read the header: %s", strerror(-r));
     else
-        r = qcow2_header_parse(&header, old->data, len, file_size, x->spec.name, err);
+        r = qcow2_header_parse_tolerant(&header, old->data, len, file_size, x->spec.name, err);
     if (r == 0) {
         len = (size_t)MIN((uint64_t)len, qcow2_header_cluster_size(&header));
         r = qcow2_header_with_backing(&header, old->data, len, *x->backing ? x->backing : NULL,

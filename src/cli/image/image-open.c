@@ -408,7 +408,8 @@ static int co_fn look_at_bytes(struct image_layer *layer, const uint8_t *bytes, 
                              layer->format);
         return 0;
     }
-    r = qcow2_header_parse(&layer->header, bytes, len, layer->file_size, layer->filename, err);
+    r = qcow2_header_parse_tolerant(&layer->header, bytes, len, layer->file_size, layer->filename,
+                                    err);
     if (r == 0 && layer->header.backing_file)
         layer->backing_filename = image_combine(layer->path, layer->header.backing_file);
     if (r == 0 && layer->header.backing_format)

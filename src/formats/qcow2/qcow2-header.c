@@ -485,8 +485,32 @@ int qcow2_header_parse(struct qcow2_header *ret, const void *bytes, size_t len, 
     return 0;
 }
 
+int qcow2_header_parse_tolerant(struct qcow2_header *ret, const void *bytes, size_t len,
+                                uint64_t file_size, const char *node_name, struct error **err)
+{
+    AUTO(error_free) struct error *ignored = NULL;
+    AUTO(free_ptr) uint8_t *copy = NULL;
+    int r = qcow2_header_parse(ret, bytes, len, file_size, node_name, err);
+
+    if (r != -EINVAL || len < QCOW2_HEADER_LENGTH_V3_MIN)
+        return r;
+    copy = try_alloc(1, len);
+    if (!copy)
+        return r;
+    memcpy(copy, bytes, len);
+    store_be64(copy + QCOW2_OFFSET_AUTOCLEAR,
+               load_be64(copy + QCOW2_OFFSET_AUTOCLEAR) & ~QCOW2_AUTOCLEAR_BITMAPS);
+    if (qcow2_header_parse(ret, copy, len, file_size, node_name, &ignored) < 0)
+        return r;
+    ret->autoclear |= QCOW2_AUTOCLEAR_BITMAPS;
+    ret->bitmaps_problem = xstrdup(error_text(*err));
+    error_free(err);
+    return 0;
+}
+
 void qcow2_header_release(struct qcow2_header *header)
 {
+    free(header->bitmaps_problem);
     free(header->backing_file);
     free(header->backing_format);
     free(header->extensions);
@@ -592,5 +616,5 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
 
 uint64_t qcow2_header_autoclear_kept(void)
 {
-    return 0; /* bitmaps in the image are not kept up to date */
+    return 0; /* that of bitmaps is, where they have been loaded (qcow2-bitmap.h) */
 }

@@ -58,6 +58,8 @@ struct qcow2_header {
     uint32_t bitmap_count;
     uint64_t bitmap_directory_offset;
     uint64_t bitmap_directory_size;
+    char *
+        bitmaps_problem; /* of qcow2_header_parse_tolerant(): why there are none although the feature is set */
 
     /* All extensions but the end marker, known and unknown, in the image's order and byte by byte. */
     struct qcow2_extension *extensions;
@@ -73,6 +75,9 @@ struct qcow2_header {
  */
 int qcow2_header_parse(struct qcow2_header *ret, const void *bytes, size_t len, uint64_t file_size,
                        const char *node_name, struct error **err);
+/* The same, but what is broken about the bitmaps only, however it may be, is as if there were none: see bitmaps_problem. */
+int qcow2_header_parse_tolerant(struct qcow2_header *ret, const void *bytes, size_t len,
+                                uint64_t file_size, const char *node_name, struct error **err);
 /* Also for a zeroed one. */
 void qcow2_header_release(struct qcow2_header *header);
 

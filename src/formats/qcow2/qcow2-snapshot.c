@@ -22,6 +22,7 @@
 #include "formats/qcow2/qcow2-snapshot-internal.h"
 #include "graph/backend.h"
 #include "graph/gate.h"
+#include "graph/tracker.h"
 #include "qcow2-options.h"
 
 #include <errno.h>
@@ -724,8 +725,10 @@ int qcow2_co_snapshot_apply(struct backend *b, const char *id_or_name, bool *ret
     struct snap s = {.by = &by, .err = err};
     int r = begin(&s, b);
 
-    if (r == 0)
+    if (r == 0) {
         r = apply(&s, id_or_name, ret_vm_state);
+        node_tell_changed(s.q->node, 0, node_size(s.q->node)); /* P2: all of it, perhaps */
+    }
     end(&s);
     return r;
 }

@@ -9,6 +9,7 @@
 #include "base/endian.h"
 #include "base/log.h"
 #include "base/macros.h"
+#include "formats/qcow2/qcow2-bitmap.h"
 #include "formats/qcow2/qcow2-check.h"
 #include "formats/qcow2/qcow2-header.h"
 #include "graph/gate.h"
@@ -104,7 +105,7 @@ static int co_fn read_header(struct qcow2 *q, const struct request *by, struct q
         r = error_set(err, -r, "node '%s': cannot read the header: %s", node_name(q->node),
                       strerror(-r));
     else
-        r = qcow2_header_parse(ret, b->data, len, size, node_name(q->node), err);
+        r = qcow2_header_parse_tolerant(ret, b->data, len, size, node_name(q->node), err);
     iobuf_unref(b);
     return r;
 }
@@ -137,7 +138,8 @@ static int co_fn repair_if_dirty(struct qcow2 *q, const struct request *by,
 static int co_fn clear_autoclear(struct qcow2 *q, const struct request *by,
                                  const struct qcow2_header *header, struct error **err)
 {
-    uint64_t kept = header->autoclear & qcow2_header_autoclear_kept();
+    uint64_t kept =
+        header->autoclear & (qcow2_header_autoclear_kept() | qcow2_bitmaps_autoclear_kept(q));
     struct iobuf *b;
     int r;
 
@@ -240,6 +242,8 @@ static int co_fn open_tables(struct qcow2 *q, const struct request *by,
     if (opt->snapshot)
         return open_snapshot(q, by, opt, err);
     r = qcow2_map_init(q, by, header->l1_size, header->l1_offset, opt->l2_cache_size, err);
+    if (r == 0)
+        r = qcow2_bitmaps_co_load(q, by, header, err);
     if (r < 0 || !q->writable)
         return r;
     r = qcow2_alloc_init(q, by, header->refcount_table_offset, header->refcount_table_clusters,
@@ -248,12 +252,15 @@ static int co_fn open_tables(struct qcow2 *q, const struct request *by,
         r = qcow2_guard_init(q, by, header, opt, err);
     if (r == 0)
         r = clear_autoclear(q, by, header, err);
-    return r < 0 ? r : complete_last_cluster(q, by, err);
+    if (r == 0)
+        r = complete_last_cluster(q, by, err);
+    return r < 0 ? r : qcow2_bitmaps_co_mark(q, by, err);
 }
 
 static void release(struct qcow2 *q)
 {
     free(q->plain);
+    qcow2_bitmaps_release(q);
     qcow2_map_release(q);
     qcow2_alloc_release(q);
     qcow2_guard_release(q);
@@ -287,6 +294,17 @@ static int co_fn control_fn qcow2_co_open(struct node *node, const void *options
     return r;
 }
 
+/* STORED-6. After an error those that the image lists are IN_USE in it. */
+static void co_fn control_fn store_bitmaps(struct qcow2 *q, const struct request *by)
+{
+    AUTO(error_free) struct error *err = NULL;
+
+    if (qcow2_bitmaps_co_store(q, by, &err) < 0)
+        log_warning("node '%s': its bitmaps are not stored, and what the image has of them is not "
+                    "valid: %s",
+                    node_name(q->node), error_text(err));
+}
+
 static void co_fn control_fn qcow2_co_close(struct node *node)
 {
     struct qcow2 *q = node_state(node);
@@ -297,8 +315,10 @@ static void co_fn control_fn qcow2_co_close(struct node *node)
     qcow2_mark_if_corrupt(q, &by);
     if (q->writable && !q->corrupt) {
         r = qcow2_co_flush(node, &by);
-        if (r == 0)
+        if (r == 0) {
+            store_bitmaps(q, &by);
             r = qcow2_alloc_settle_all(q, &by);
+        }
     }
     if (r < 0)
         log_warning("node '%s': cannot write all of the image's metadata: %s; as after a crash, "
@@ -343,6 +363,7 @@ const struct driver qcow2_driver = {
     .zeroes_fast = true,
     .compresses = true,
     .keeps_metadata = true,
+    .bitmap_store = &qcow2_bitmap_store,
     .co_open = qcow2_co_open,
     .co_close = qcow2_co_close,
     .co_map = qcow2_co_map,

@@ -12,6 +12,7 @@
  *   qcow2-resize.c    the virtual size
  *   qcow2-guard.c     where metadata lies, so that nothing else is written there
  *   qcow2-corrupt.c   what happens when damage is found
+ *   qcow2-bitmap*.c   dirty bitmaps that the image stores
  *   qcow2-snapshot*.c internal snapshots, while nobody else is here
  *   qcow2-header.c, qcow2-create.c, qcow2-format.h   the header, empty images, what is on disk
  *
@@ -138,6 +139,8 @@ struct qcow2_flush {
     bool busy;      /* one has taken its picture, which is not durable yet */
 };
 
+struct qcow2_bitmaps;
+
 struct qcow2 {
     /* Set in open, then constant. */
     struct node *node;
@@ -168,6 +171,7 @@ struct qcow2 {
     struct qcow2_alloc alloc;
     struct qcow2_flush flush;
     struct qcow2_guard guard;
+    struct qcow2_bitmaps *bitmaps; /* qcow2-bitmap.h: what the image stores of dirty bitmaps */
 };
 
 static inline uint64_t qcow2_cluster_size(const struct qcow2 *q)
