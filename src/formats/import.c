@@ -202,9 +202,16 @@ static uint64_t entry_offset(const struct import_blocks *b, uint64_t block)
 /* Does the next block go on where the mapped run, of `len` bytes so far, ends? */
 static bool goes_on(const struct mapping *run, uint64_t len, const struct mapping *next)
 {
-    if (run->kind != next->kind)
-        return false;
-    return run->kind != MAPPING_DATA || next->host_offset == run->host_offset + len;
+    switch (run->kind == next->kind ? run->kind : MAPPING_ENCODED) {
+    case MAPPING_DATA:
+        return next->host_offset == run->host_offset + len;
+    case MAPPING_ZERO:
+    case MAPPING_BELOW:
+        return true;
+    case MAPPING_ENCODED:
+        break; /* each block is decoded for itself */
+    }
+    return false;
 }
 
 int import_map_blocks(struct import *im, const struct import_blocks *b, const struct request *by,
@@ -221,14 +228,14 @@ int import_map_blocks(struct import *im, const struct import_blocks *b, const st
     if (r < 0)
         return r;
     at = import_page_at(page, entry_offset(b, block));
-    r = at ? b->entry(im, block, at, ret) : -EIO;
+    r = at ? b->entry(im, b, block, at, ret) : -EIO;
     ret->host_offset += offset & (size - 1);
     while (r == 0 && done < len) {
         struct mapping next;
 
         block++;
         at = import_page_at(page, entry_offset(b, block));
-        if (!at || b->entry(im, block, at, &next) < 0 || !goes_on(ret, done, &next))
+        if (!at || b->entry(im, b, block, at, &next) < 0 || !goes_on(ret, done, &next))
             break; /* who wants that block is told */
         done += size;
     }

@@ -63,8 +63,9 @@ const uint8_t *import_page_at(const struct import_page *page, uint64_t offset);
 int import_damaged(struct import *im, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
 /* Of a table that says where each block of the disk lies: what one entry says. `ret->len` is not set. */
-typedef int import_entry_fn(struct import *im, uint64_t block, const uint8_t *entry,
-                            struct mapping *ret);
+struct import_blocks;
+typedef int import_entry_fn(struct import *im, const struct import_blocks *b, uint64_t block,
+                            const uint8_t *entry, struct mapping *ret);
 
 struct import_blocks {
     struct edge *file;
@@ -73,6 +74,7 @@ struct import_blocks {
     unsigned block_bits;
     uint64_t group; /* entries of so many blocks are followed by another one; 0: there are none */
     import_entry_fn *entry;
+    const void *of; /* what `entry` wants to know */
 };
 
 /* For co_map: runs of blocks that say the same, or lie one after the other. */

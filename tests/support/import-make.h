@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <zlib.h>
+
 #define IMPORT_BLOCKS 16u
 
 /* The file, and what the disk shows. Freed by image_bytes_free(). */
@@ -171,6 +173,97 @@ static inline struct image_bytes vpc_make(bool fixed)
         }
         store_be32(i.bytes + VPC_MAKE_TABLE + (size_t)b * 4,
                    import_is_there(b) ? (uint32_t)(at / 512) : 0xffffffff);
+    }
+    return i;
+}
+
+/* ---- VMDK ---- */
+
+#define VMDK_MAKE_GRAIN     4096u
+#define VMDK_MAKE_ENTRIES   4u /* of a grain table */
+#define VMDK_MAKE_TEXT      512u
+#define VMDK_MAKE_TEXT_LEN  1024u
+#define VMDK_MAKE_DIRECTORY 1536u
+#define VMDK_MAKE_TABLES    2048u /* a sector each */
+#define VMDK_MAKE_GRAINS    4096u
+
+enum vmdk_make_kind { VMDK_MAKE_PLAIN, VMDK_MAKE_COMPRESSED, VMDK_MAKE_STREAM };
+
+static inline void vmdk_header(uint8_t *h, enum vmdk_make_kind kind, uint64_t directory)
+{
+    memcpy(h, "KDMV", 4);
+    store_le32(h + 4, kind == VMDK_MAKE_PLAIN ? 2 : 3);
+    store_le32(h + 8, kind == VMDK_MAKE_PLAIN ? 0x5 : 0x30005); /* new lines, zero grains */
+    store_le64(h + 12, IMPORT_BLOCKS * VMDK_MAKE_GRAIN / 512);
+    store_le64(h + 20, VMDK_MAKE_GRAIN / 512);
+    store_le64(h + 28, VMDK_MAKE_TEXT / 512);
+    store_le64(h + 36, VMDK_MAKE_TEXT_LEN / 512);
+    store_le32(h + 44, VMDK_MAKE_ENTRIES);
+    store_le64(h + 56, directory);
+    memcpy(h + 73, "\n \r\n", 4);
+    store_le16(h + 77, kind == VMDK_MAKE_PLAIN ? 0 : 1);
+}
+
+/* Puts a grain at a sector; what it comes to, in sectors. */
+static inline size_t vmdk_put_grain(struct image_bytes *i, bool compressed, unsigned grain,
+                                    size_t sector)
+{
+    uint8_t plain[VMDK_MAKE_GRAIN];
+    uLongf len = 2 * VMDK_MAKE_GRAIN;
+    uint8_t *to = i->bytes + sector * 512;
+
+    for (size_t k = 0; k < sizeof(plain); k++)
+        plain[k] = import_byte((uint64_t)grain * VMDK_MAKE_GRAIN + k);
+    memcpy(i->disk + (size_t)grain * VMDK_MAKE_GRAIN, plain, sizeof(plain));
+    if (!compressed) {
+        memcpy(to, plain, sizeof(plain));
+        return sizeof(plain) / 512;
+    }
+    if (compress2(to + 12, &len, plain, sizeof(plain), 6) != Z_OK)
+        abort();
+    store_le64(to, (uint64_t)grain * VMDK_MAKE_GRAIN / 512);
+    store_le32(to + 8, (uint32_t)len);
+    return (12 + len + 511) / 512;
+}
+
+/* The third grain table is nowhere. */
+static inline bool vmdk_is_there(unsigned grain)
+{
+    return import_is_there(grain) && grain / VMDK_MAKE_ENTRIES != 2;
+}
+
+static inline struct image_bytes vmdk_make(enum vmdk_make_kind kind)
+{
+    size_t sector = VMDK_MAKE_GRAINS / 512;
+    struct image_bytes i =
+        image_bytes_new(VMDK_MAKE_GRAINS + (size_t)IMPORT_BLOCKS * (VMDK_MAKE_GRAIN + 1024) + 1536,
+                        (size_t)IMPORT_BLOCKS * VMDK_MAKE_GRAIN);
+
+    vmdk_header(i.bytes, kind, kind == VMDK_MAKE_STREAM ? UINT64_MAX : VMDK_MAKE_DIRECTORY / 512);
+    strcpy((char *)i.bytes + VMDK_MAKE_TEXT,
+           "# Disk DescriptorFile\r\nversion=1\r\nCID=1234abcd\r\nparentCID=ffffffff\r\n"
+           "createType=\"monolithicSparse\"\r\n\r\n# Extent description\r\n"
+           "RW 128 SPARSE \"a disk.vmdk\"\r\n\r\nddb.adapterType = \"ide\"\r\n");
+    for (unsigned t = 0; t < IMPORT_BLOCKS / VMDK_MAKE_ENTRIES; t++)
+        store_le32(i.bytes + VMDK_MAKE_DIRECTORY + (size_t)t * 4,
+                   t == 2 ? 0 : VMDK_MAKE_TABLES / 512 + t);
+    for (unsigned g = IMPORT_BLOCKS; g-- > 0;) {
+        uint8_t *entry = i.bytes + VMDK_MAKE_TABLES + (size_t)g / VMDK_MAKE_ENTRIES * 512 +
+                         (size_t)(g % VMDK_MAKE_ENTRIES) * 4;
+
+        if (!vmdk_is_there(g)) {
+            store_le32(entry, g % 2);
+            continue;
+        }
+        store_le32(entry, (uint32_t)sector);
+        sector += vmdk_put_grain(&i, kind != VMDK_MAKE_PLAIN, g, sector);
+    }
+    i.len = sector * 512;
+    if (kind == VMDK_MAKE_STREAM) { /* a marker, the footer, the end of the stream */
+        store_le64(i.bytes + i.len, 1);
+        store_le32(i.bytes + i.len + 12, 3);
+        vmdk_header(i.bytes + i.len + 512, kind, VMDK_MAKE_DIRECTORY / 512);
+        i.len += 1536;
     }
     return i;
 }

@@ -8,6 +8,7 @@
  */
 #include "base/alloc.h"
 #include "base/macros.h"
+#include "formats/inflate.h"
 #include "formats/qcow2/qcow2.h"
 #include "loop/compute.h"
 
@@ -18,8 +19,7 @@
 #include <zlib.h>
 #include <zstd.h>
 
-/* Deflate without a header, as the format has it; the largest window reads what any was written with. */
-#define INFLATE_WINDOW (-15)
+/* Deflate without a header, as the format has it. */
 #define DEFLATE_WINDOW (-12)
 
 /* A decompressed cluster. */
@@ -42,17 +42,9 @@ struct coding {
 
 static int inflate_all(struct coding *c)
 {
-    z_stream s = {.next_in = (uint8_t *)(uintptr_t)c->in, .avail_in = (uInt)c->in_len};
-    int r;
+    int64_t n = inflate_some(INFLATE_BARE, c->in, c->in_len, c->out, c->out_len);
 
-    s.next_out = c->out;
-    s.avail_out = (uInt)c->out_len;
-    if (inflateInit2(&s, INFLATE_WINDOW) != Z_OK)
-        return -ENOMEM;
-    r = inflate(&s, Z_FINISH);
-    (void)inflateEnd(&s);
-    /* Behind the end there may be anything: sectors are filled up. */
-    return (r == Z_STREAM_END || r == Z_BUF_ERROR) && !s.avail_out ? 0 : -EIO;
+    return n < 0 ? (int)n : (size_t)n == c->out_len ? 0 : -EIO;
 }
 
 static int unzstd_all(struct coding *c)

@@ -107,9 +107,10 @@ static int check_layout(const struct vdi *v, const uint8_t *h, struct error **er
     return 0;
 }
 
-static int entry_says(struct import *im, uint64_t block, const uint8_t *entry, struct mapping *ret)
+static int entry_says(struct import *im, const struct import_blocks *b, uint64_t block,
+                      const uint8_t *entry, struct mapping *ret)
 {
-    const struct vdi *v = container_of(im, const struct vdi, import);
+    const struct vdi *v = b->of;
     uint64_t index = load_le32(entry);
     uint64_t size = (uint64_t)1 << v->blocks.block_bits;
 
@@ -157,6 +158,7 @@ static int co_fn control_fn vdi_co_open(struct node *node, const void *options, 
         .entry_bytes = 4,
         .block_bits = (unsigned)__builtin_ctz(load_le32(h + VDI_AT_BLOCK_SIZE)),
         .entry = entry_says,
+        .of = v,
     };
     node_set_size(node, align_up(load_le64(h + VDI_AT_SIZE), VDI_SECTOR));
     return 0;

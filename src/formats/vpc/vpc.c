@@ -186,9 +186,10 @@ static int check_header(const struct vpc *v, const uint8_t *h, uint64_t size, st
 }
 
 /* The place of the bitmap. */
-static int entry_says(struct import *im, uint64_t block, const uint8_t *entry, struct mapping *ret)
+static int entry_says(struct import *im, const struct import_blocks *b, uint64_t block,
+                      const uint8_t *entry, struct mapping *ret)
 {
-    const struct vpc *v = container_of(im, const struct vpc, import);
+    const struct vpc *v = b->of;
     uint64_t at = (uint64_t)load_be32(entry) * VPC_SECTOR;
 
     *ret = (struct mapping){.kind = MAPPING_ZERO};
@@ -286,6 +287,7 @@ static int co_fn open_dynamic(struct vpc *v, const struct request *by, const uin
         .entry_bytes = 4,
         .block_bits = (unsigned)__builtin_ctz(load_be32(h + VPC_AT_BLOCK_SIZE)),
         .entry = entry_says,
+        .of = v,
     };
     sectors = load_be32(h + VPC_AT_BLOCK_SIZE) / VPC_SECTOR;
     v->bitmap_bytes = align_up((sectors + 7) / 8, VPC_SECTOR);
