@@ -14,6 +14,10 @@ MADE = [
     ("vdi", "", "1"),
     ("vdi", "", "3000k"),
     ("vdi", "static=on", "5M"),
+    ("vmdk", "", "10M"),
+    ("vmdk", "", "1"),
+    ("vmdk", "", "3000k"),
+    ("vmdk", "zeroed_grain=on", "5M"),
     ("vpc", "", "10M"),
     ("vpc", "force_size=on", "3000k"),
     ("vpc", "subformat=fixed", "5M"),
@@ -55,7 +59,7 @@ def test_what_the_peer_writes_is_read(tools, fmt, options, size):
     tools.same("compare", "-f", fmt, "-F", fmt, "x.img", "x.img")
 
 
-@pytest.mark.parametrize("fmt,options,size", [m for m in MADE if m[0] == "vdi"])
+@pytest.mark.parametrize("fmt,options,size", [m for m in MADE if m[0] != "vpc"])
 def test_maps_are_the_same(tools, fmt, options, size):
     make(tools, fmt, options, size, *writes(size))
     tools.same("map", "-f", fmt, "x.img")
@@ -73,8 +77,51 @@ def test_maps_of_vhd_images_tell_more_than_the_peers(tools):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("size", ["64k", "65k", "3000k", "20M"])
+def test_stream_optimized_images_are_read(tools, size):
+    """Text and noise, zeroes between."""
+    tools.peer("create", "-q", "x.raw", size)
+    with open(tools.path("x.raw"), "r+b") as f:
+        for at in range(0, os.path.getsize(f.name) - 60000, 150000):
+            f.seek(at)
+            f.write(os.urandom(20000) + b"a line of text\n" * 2000)
+    tools.peer("convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "x.raw", "x.img")
+    same_content(tools, "vmdk")
+    tools.same("info", "x.img")
+    tools.same_json("info", "--output=json", "x.img")
+    tools.same_json("map", "--output=json", "x.img")
+    tools.same("check", "x.img")
+    for size in (512, 70000):
+        tools.ours("dd", "-O", "raw", f"bs={size}", "if=x.img", "of=y.raw")
+        tools.ours("compare", "-f", "raw", "-F", "raw", "x.raw", "y.raw")
+
+
+def damage(tools, at, value):
+    with open(tools.path("x.img"), "r+b") as f:
+        f.seek(at)
+        f.write(value.to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("fmt,at", [("vdi", 512), ("vmdk", 27 * 512)])
+def test_check_finds_what_the_peer_finds(tools, fmt, at):
+    make(tools, fmt, "", "10M", "write -P 9 0 64k", "write -P 9 5M 64k")
+    tools.same("check", "x.img")
+    tools.same_json("check", "--output=json", "x.img")
+    damage(tools, at, 0x123456)
+    ours = tools.ours("check", "-f", fmt, "--output=json", "x.img", ok=(2,))
+    assert json.loads(ours.stdout)["corruptions"] == 1
+    assert tools.ours("convert", "-O", "raw", "x.img", "y.raw", ok=(1,)).stderr
+    tools.ours("convert", "--salvage", "-O", "raw", "x.img", "y.raw")
+
+
+def test_vhd_images_cannot_be_checked(tools):
+    make(tools, "vpc", "", "10M")
+    assert tools.ours("check", "x.img", ok=(63,)).stderr
+    assert tools.peer("check", "x.img", ok=(63,)).stderr
+
+
 def test_formats_are_probed(tools):
-    for fmt in ("vdi", "vpc"):
+    for fmt in ("vdi", "vmdk", "vpc"):
         make(tools, fmt, "", "10M", "write -P 9 1M 64k")
         assert json.loads(tools.ours("info", "--output=json", "x.img").stdout)["format"] == fmt
         tools.same("compare", "x.img", "x.img")
@@ -93,7 +140,7 @@ def test_they_are_sources_and_backing_files(tools):
     run("qemu-io", "-f", "raw", "-c", "read -P 9 1M 64k", tools.path("x.raw"))
 
 
-@pytest.mark.parametrize("fmt", ["vdi", "vpc"])
+@pytest.mark.parametrize("fmt", ["vdi", "vmdk", "vpc"])
 def test_they_are_never_written_or_made(tools, fmt):
     make(tools, fmt, "", "10M")
     before = open(tools.path("x.img"), "rb").read()

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* cairn check: is an image sound? Repairs it on demand. What it prints, and its exit status, are those of `qemu-img check`. */
+#include "cli/image/check-imported.h"
 #include "cli/image/tool.h"
 #include "formats/qcow2/qcow2-check.h"
 
@@ -75,6 +76,11 @@ static int co_fn control_fn check_file(struct check_command *c, struct graph *g,
 
     if (r < 0)
         return r;
+    if (check_imported_is_for(image_format(&c->image))) {
+        r = check_imported_co(&c->image, &c->result.corruptions, err);
+        c->status = r < 0 ? CHECK_FAILED : status_of(&c->result);
+        return r;
+    }
     if (strcmp(image_format(&c->image), "qcow2") != 0) {
         c->status = CHECK_NOT_SUPPORTED;
         return error_set(err, ENOTSUP, "images of format '%s' cannot be checked",
@@ -98,10 +104,11 @@ static void set_count(json_t *object, const char *key, uint64_t value, bool alwa
 static void print_json(const struct check_command *c)
 {
     const struct qcow2_check_result *r = &c->result;
-    json_t *o = json_pack("{s:s, s:s}", "filename", c->spec.name, "format", "qcow2");
+    const char *format = image_format(&c->image);
+    json_t *o = json_pack("{s:s, s:s}", "filename", c->spec.name, "format", format);
 
     if (!o)
-        o = json_pack("{s:s}", "format", "qcow2"); /* the name is not UTF-8 */
+        o = json_pack("{s:s}", "format", format); /* the name is not UTF-8 */
     set_count(o, "check-errors", r->check_errors, true);
     set_count(o, "image-end-offset", r->image_end_offset, false);
     set_count(o, "corruptions", r->corruptions, false);
@@ -162,14 +169,12 @@ static int co_fn control_fn check(struct graph *g, void *arg, struct error **err
     struct check_command *c = arg;
     int r = check_file(c, g, err);
 
-    image_co_close(&c->image);
-    if (r < 0)
-        return r;
-    if (c->json)
+    if (r == 0 && c->json)
         print_json(c); /* also with -q: it was asked for */
-    else if (!c->no_output)
+    else if (r == 0 && !c->no_output)
         print_text(&c->result);
-    return 0;
+    image_co_close(&c->image);
+    return r;
 }
 
 /* ---- options ---- */

@@ -84,6 +84,8 @@ static json_t *layer_json(const struct image_layer *l, const struct info_tables 
         json_object_set(o, "snapshots", t->snapshots);
     if (is_qcow2(l))
         json_object_set_new(o, "format-specific", specific_json(l, t->bitmaps));
+    if (t->vmdk)
+        json_object_set(o, "format-specific", t->vmdk);
     if (l->backing_filename) {
         json_object_set_new(o, "full-backing-filename", json_string_lossy(l->backing_filename));
         json_object_set_new(o, "backing-filename", json_string_lossy(l->header.backing_file));
@@ -146,6 +148,7 @@ static void print_layer(const struct image_layer *l, const struct info_tables *t
     info_print_snapshots(t->snapshots);
     if (is_qcow2(l))
         info_print_specific(l, t);
+    info_print_vmdk(t->vmdk);
 }
 
 static int co_fn control_fn info(struct graph *g, void *arg, struct error **err)

@@ -13,6 +13,7 @@
 struct info_tables {
     json_t *snapshots;
     json_t *bitmaps;
+    json_t *vmdk; /* what is specific to this format */
 };
 
 int co_fn control_fn info_tables_co_read(struct info_tables *ret, struct graph *g,
@@ -22,5 +23,9 @@ void info_tables_release(struct info_tables *t);
 /* As people read them; nothing for NULL. */
 void info_print_snapshots(const json_t *snapshots);
 void info_print_bitmaps(const json_t *bitmaps);
+void info_print_vmdk(const json_t *specific);
+
+/* Of an open node of the driver vmdk. */
+json_t *info_vmdk_json(const struct node *node, const struct image_layer *layer);
 
 #endif
