@@ -11,23 +11,16 @@
 #include "exports/export.h"
 #include "exports/nbd/nbd-wire.h"
 #include "formats/list.h"
+#include "fuzz-sim.h"
 #include "graph/graph.h"
 #include "loop/co.h"
 #include "loop/scope.h"
-#include "loop/sim/sim.h"
 #include "protocols/list.h"
 #include "schema-types.h"
 
 #include <errno.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-
-int LLVMFuzzerInitialize(int *argc, char ***argv);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-/* Of the address sanitizer; absent in other builds. */
-extern int __asan_option_detect_stack_use_after_return __attribute__((weak));
 
 #define DISK_SIZE 65536
 
@@ -238,24 +231,10 @@ static void co_fn control_fn fuzz_main(void *arg)
     server_end(&server);
 }
 
-/*
- * Each run makes and drops loops and coroutines, and the sanitizer keeps a second stack for each that has ever returned into
- * one: a megabyte for each input. The unit tests run with that check.
- */
-int LLVMFuzzerInitialize(int *argc, char ***argv)
-{
-    (void)argc;
-    (void)argv;
-    if (&__asan_option_detect_stack_use_after_return)
-        __asan_option_detect_stack_use_after_return = 0;
-    return 0;
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = DISK_SIZE};
     struct input in = {.piece = SIZE_MAX};
-    struct sim_options o;
     struct sim_disk *disk;
 
     if (size == 0)
@@ -267,9 +246,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     in.len = size - 1;
     disk = sim_disk_new();
     sim_disk_make(disk, "/disk/a", &setup);
-    sim_options_init(&o, 1);
-    o.disk = disk;
-    must(sim_run(&o, fuzz_main, &in) == SIM_RETURNED);
-    sim_disk_free(disk);
+    fuzz_run(disk, fuzz_main, &in);
     return 0;
 }

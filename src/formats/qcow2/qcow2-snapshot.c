@@ -55,13 +55,15 @@ extern const struct driver qcow2_driver;
 
 int qcow2_snapshot_parse(const uint8_t *table, size_t len, size_t at, struct qcow2_snapshot *ret)
 {
-    const uint8_t *e = table + at;
-    const uint8_t *extra = e + QCOW2_SNAPSHOT_LEN_MIN;
+    const uint8_t *e;
+    const uint8_t *extra;
     uint32_t extra_len;
 
     *ret = (struct qcow2_snapshot){.at = at, .len = QCOW2_SNAPSHOT_LEN_MIN};
     if (!range_within(at, ret->len, len))
-        return -ERANGE;
+        return -ERANGE; /* there may be no table yet */
+    e = table + at;
+    extra = e + QCOW2_SNAPSHOT_LEN_MIN;
     extra_len = load_be32(e + AT_EXTRA_LEN);
     if (extra_len > EXTRA_MAX)
         return -EINVAL;

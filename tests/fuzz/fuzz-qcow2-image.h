@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * qcow2 images that begin sound and are patched where it hurts. An input is:
+ *
+ *     byte 0  version and cluster size       3  what the fuzzer does with it
+ *          1  refcount width                 4  what else is in the image: enum fuzz_extra
+ *          2  how much is allocated          5  how much of the file is cut off
+ *
+ * and then patches of 12 bytes: which structure, which place in it (2 bytes), how, what (8 bytes).
+ */
+#ifndef CAIRN_TESTS_FUZZ_QCOW2_IMAGE_H
+#define CAIRN_TESTS_FUZZ_QCOW2_IMAGE_H
+
+#include "../support/qcow2-make.h"
+#include "base/macros.h"
+#include "fuzz-sim.h"
+
+#define FUZZ_IMAGE       "/disk/image"
+#define FUZZ_SIZE        ((uint64_t)256 << 10)
+#define FUZZ_HEAD        6
+#define FUZZ_PATCH       12
+#define FUZZ_PATCHES_MAX 64
+
+enum fuzz_extra {
+    FUZZ_SNAPSHOT = 1 << 0, /* one, whose L1 table is the active one's copy, uncounted */
+    FUZZ_BITMAP = 1 << 1,   /* one; version 3 */
+    FUZZ_ZSTD = 1 << 2,     /* version 3 */
+    FUZZ_COMPRESSED =
+        1 << 3, /* every other mapping is to compressed bytes, if its host cluster has any */
+};
+
+/* Clusters behind the image: a snapshot table, its L1 table, a bitmap directory, its table, its data. */
+#define FUZZ_EXTRA_CLUSTERS 5
+
+struct fuzz_image {
+    uint8_t *bytes;
+    size_t len;
+    uint64_t cluster;
+    uint64_t extra; /* offset of the clusters above */
+};
+
+enum fuzz_place {
+    FUZZ_PLACE_HEADER,
+    FUZZ_PLACE_L1,
+    FUZZ_PLACE_L2,
+    FUZZ_PLACE_TABLE,
+    FUZZ_PLACE_BLOCK,
+    FUZZ_PLACE_SNAPSHOTS, /* and their L1 table behind */
+    FUZZ_PLACE_BITMAPS,   /* and the table behind */
+    FUZZ_PLACE_ANY,
+    FUZZ_PLACES,
+};
+
+static uint64_t fuzz_place_offset(const struct fuzz_image *i, enum fuzz_place place)
+{
+    uint64_t l1 = load_be64(i->bytes + 40);
+    uint64_t table = load_be64(i->bytes + 48);
+
+    switch (place) {
+    case FUZZ_PLACE_HEADER:
+    case FUZZ_PLACE_ANY:
+    case FUZZ_PLACES:
+        break;
+    case FUZZ_PLACE_L1:
+        return l1;
+    case FUZZ_PLACE_TABLE:
+        return table;
+    case FUZZ_PLACE_L2:
+        return l1 < i->len - 8 ? load_be64(i->bytes + l1) & 0xfffffffffffe00 : 0;
+    case FUZZ_PLACE_BLOCK:
+        return table < i->len - 8 ? load_be64(i->bytes + table) & ~(uint64_t)0x1ff : 0;
+    case FUZZ_PLACE_SNAPSHOTS:
+        return i->extra;
+    case FUZZ_PLACE_BITMAPS:
+        return i->extra + 2 * i->cluster;
+    }
+    return 0;
+}
+
+static void fuzz_patch(struct fuzz_image *i, const uint8_t *p)
+{
+    enum fuzz_place place = p[0] % FUZZ_PLACES;
+    uint64_t index = load_be16(p + 1);
+    uint64_t value = load_be64(p + 4);
+    uint64_t at = fuzz_place_offset(i, place);
+
+    at += place == FUZZ_PLACE_ANY
+              ? index * 16
+              : index % (place == FUZZ_PLACE_HEADER ? 256 : 1024) * (p[3] & 1 ? 1 : 8);
+    if (at > i->len - 8)
+        return;
+    switch (p[3] >> 1 & 3) {
+    case 0:
+        store_be64(i->bytes + at, value);
+        break;
+    case 1: /* a cluster of the file, with flags */
+        store_be64(i->bytes + at,
+                   (value & 0xff) * i->cluster | (value >> 56) << 56 | (value >> 8 & 1));
+        break;
+    case 2:
+        i->bytes[at] = (uint8_t)value;
+        break;
+    case 3:
+        store_be32(i->bytes + at, (uint32_t)value);
+        break;
+    }
+}
+
+static void fuzz_put_snapshot(struct fuzz_image *i)
+{
+    uint8_t *s = i->bytes + i->extra;
+    uint32_t l1_size = load_be32(i->bytes + 36);
+
+    store_be32(i->bytes + 60, 1);
+    store_be64(i->bytes + 64, i->extra);
+    store_be64(s, i->extra + i->cluster);
+    store_be32(s + 8, l1_size);
+    store_be16(s + 12, 1);
+    store_be16(s + 14, 1);
+    store_be32(s + 36, 16);
+    store_be64(s + 48, FUZZ_SIZE);
+    s[56] = '1';
+    s[57] = 's';
+    memcpy(s + i->cluster, i->bytes + load_be64(i->bytes + 40),
+           MIN((size_t)l1_size * 8, (size_t)i->cluster));
+}
+
+/* The extension lies behind the header. */
+static void fuzz_put_bitmap(struct fuzz_image *i)
+{
+    uint64_t directory = i->extra + 2 * i->cluster;
+    uint8_t *extension = i->bytes + load_be32(i->bytes + 100);
+    uint8_t *b = i->bytes + directory;
+
+    store_be64(i->bytes + 88, 1);
+    store_be32(extension, 0x23852875);
+    store_be32(extension + 4, 24);
+    store_be32(extension + 8, 1);
+    store_be64(extension + 16, 32);
+    store_be64(extension + 24, directory);
+    store_be64(b, directory + i->cluster);
+    store_be32(b + 8, 1);
+    store_be32(b + 12, 2); /* it records */
+    b[16] = 1;
+    b[17] = 16;
+    store_be16(b + 18, 1);
+    b[24] = 'b';
+    store_be64(b + i->cluster, directory + 2 * i->cluster);
+    memset(b + 2 * i->cluster, 0x5a, 4);
+}
+
+/* Stored blocks of deflate: what begins each cluster of data. */
+static void fuzz_put_compressed(struct fuzz_image *i, uint64_t allocated, unsigned cluster_bits)
+{
+    uint64_t l2 = load_be64(i->bytes + load_be64(i->bytes + 40)) & 0xfffffffffffe00;
+
+    for (uint64_t n = 1; n < allocated && n < i->cluster / 8; n += 2) {
+        uint64_t host = load_be64(i->bytes + l2 + n * 8) & 0xfffffffffffe00;
+
+        store_be64(i->bytes + l2 + n * 8,
+                   (uint64_t)1 << 62 | (n & 1) << (62 - (cluster_bits - 8)) | host | (n & 0x1f));
+    }
+}
+
+/* Makes it as a file of the disk; false if the input is too short. */
+static bool fuzz_make_image(struct sim_disk *disk, const uint8_t *data, size_t size)
+{
+    struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR};
+    struct qcow2_shape shape = {.refcount_order = 4, .size = FUZZ_SIZE};
+    struct fuzz_image i;
+    uint8_t *sound;
+    size_t len;
+
+    if (size < FUZZ_HEAD)
+        return false;
+    shape.version = data[0] & 1 ? 2 : 3;
+    shape.cluster_bits = 9 + (data[0] >> 1 & 7);
+    if (shape.version == 3)
+        shape.refcount_order = data[1] % 7;
+    shape.allocated = (FUZZ_SIZE >> shape.cluster_bits) * data[2] / 255;
+    shape.zstd = shape.version == 3 && data[4] & FUZZ_ZSTD;
+    i.cluster = (uint64_t)1 << shape.cluster_bits;
+    sound = qcow2_make(&shape, &len);
+    i.extra = len;
+    i.len = len + FUZZ_EXTRA_CLUSTERS * i.cluster;
+    i.bytes = xalloc(1, i.len);
+    memcpy(i.bytes, sound, len);
+    free(sound);
+    if (data[4] & FUZZ_SNAPSHOT)
+        fuzz_put_snapshot(&i);
+    if (data[4] & FUZZ_BITMAP && shape.version == 3)
+        fuzz_put_bitmap(&i);
+    if (data[4] & FUZZ_COMPRESSED && shape.allocated)
+        fuzz_put_compressed(&i, shape.allocated, shape.cluster_bits);
+    for (size_t at = FUZZ_HEAD; at + FUZZ_PATCH <= size && at < FUZZ_PATCHES_MAX * FUZZ_PATCH;
+         at += FUZZ_PATCH)
+        fuzz_patch(&i, data + at);
+    sim_disk_make(disk, FUZZ_IMAGE, &setup);
+    sim_disk_write(disk, FUZZ_IMAGE, 0, i.bytes, i.len - i.len * data[5] / 256);
+    free(i.bytes);
+    return true;
+}
+
+#endif
