@@ -974,9 +974,10 @@ int dirty_bitmap_find(struct graph *graph, struct dirty_bitmap_ref ref, struct d
 struct node *dirty_bitmap_find_below(struct node *node, const char *name)
 {
     while (node && !find(node, name)) {
-        struct edge *file = node_driver(node)->kind == DRIVER_FILTER ? node_file(node) : NULL;
+        bool filter = node_driver(node)->kind == DRIVER_FILTER;
+        struct edge *below = filter ? node_file(node) : node_backing(node);
 
-        node = file ? edge_node(file) : NULL;
+        node = below ? edge_node(below) : NULL;
     }
     return node;
 }

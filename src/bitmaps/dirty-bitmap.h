@@ -136,7 +136,7 @@ void control_fn dirty_bitmap_release(struct dirty_bitmap *d);
 int control_fn dirty_bitmap_find(struct graph *graph, struct dirty_bitmap_ref ref,
                                  struct dirty_bitmap **ret, struct error **err);
 
-/* The first node from this one down through filters that has a bitmap of this name; NULL: none. */
+/* The first node from this one down, through filters and backing nodes, that has a bitmap of this name; NULL: none. */
 struct node *control_fn dirty_bitmap_find_below(struct node *node, const char *name);
 
 const char *dirty_bitmap_name(const struct dirty_bitmap *d);

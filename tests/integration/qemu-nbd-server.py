@@ -157,6 +157,28 @@ def test_a_window_into_a_chain_is_described(place):
     place.stop(pid)
 
 
+BITMAPS = tuple(f"qemu:dirty-bitmap:{name}" for name in ("old", "new"))
+
+
+@pytest.mark.parametrize("words, maps", [
+    (["-B", "old", "base.qcow2"], BITMAPS[:1]),
+    (["-B", "old", "-B", "new", "base.qcow2"], BITMAPS),
+    (["-r", "-A", "-B", "new", "-B", "old", "base.qcow2"], DEPTHS + BITMAPS),
+    (["-r", "-B", "new", "top.qcow2"], BITMAPS[1:]),
+    (["-A", "-B", "old", "top.qcow2"], DEPTHS + BITMAPS[:1]),
+    (["-s", "-B", "old", "top.qcow2"], BITMAPS[:1]),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_bitmaps_in_images_are_shown(place, words, maps):
+    """Of the image, or of one below it; those that record and those that do not."""
+    for name in ("old", "new"):
+        place.run("qemu-img", "bitmap", "--add", "-g", "64k", "base.qcow2", name)
+        place.run("qemu-io", "-f", "qcow2", "-c", "write 1M 64k", "-c", "write 3M 192k", "base.qcow2")
+    place.run("qemu-img", "bitmap", "--disable", "base.qcow2", "old")
+    peer, ours = (place.told(server, "-f", "qcow2", *words, maps=maps) for server in place.both)
+    assert ours == peer
+    place.run("qemu-img", "check", "-q", "-f", "qcow2", "base.qcow2")
+
+
 @pytest.mark.parametrize("words, image", [
     (["-f", "raw"], "disk.raw"),
     (["-f", "qcow2"], "top.qcow2"),

@@ -140,7 +140,7 @@ static int co_fn control_fn add_export(struct serving *s, struct error **err)
     json_t *definition;
     int r;
 
-    for (size_t i = 0; i < t->bitmap_count; i++)
+    for (size_t i = t->bitmap_count; i-- > 0;) /* the peer's clients see the last one first */
         json_array_append_new(bitmaps, json_string(t->bitmaps[i]));
     definition = json_pack("{s:s, s:s, s:s, s:b, s:b, s:s, s:s*, s:o, s:b}", "type", "nbd", "id",
                            "nbd", "node-name", s->disk.top, "writable", !t->read_only,
