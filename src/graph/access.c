@@ -103,8 +103,8 @@ static struct access access_of_backing(struct access users)
 }
 
 /*
- * The file of a format with metadata of its own: it is read, and written to, also when nobody uses the node, and nobody else may
- * change it. The same locks as QEMU's follow from it.
+ * The files of a format with metadata of its own: they are read, and written to, also when nobody uses the node, and nobody else
+ * may change them. The same locks as QEMU's follow from it.
  */
 static struct access access_of_metadata(const struct node *parent, struct access users)
 {
@@ -122,7 +122,7 @@ struct access access_below(const struct edge *child)
 
     if (child->backing)
         return access_of_backing(sum);
-    if (parent->driver->keeps_metadata && child == parent->file)
+    if (parent->driver->keeps_metadata)
         return access_of_metadata(parent, sum);
     /* A format reads its own metadata there; nobody may change the size under it. */
     if (parent->driver->kind == DRIVER_FORMAT)

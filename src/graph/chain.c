@@ -41,8 +41,8 @@ struct chain_cache {
 };
 
 enum found_kind {
-    FOUND_DATA,    /* in the file of `layer` */
-    FOUND_ENCODED, /* there, too, for its driver to read */
+    FOUND_DATA,    /* in a child of `layer` */
+    FOUND_ENCODED, /* in its file, for its driver to read */
     FOUND_PLAIN,   /* `layer` is no format with a map: ask it */
     FOUND_ZERO,
 };
@@ -54,6 +54,7 @@ struct found {
     struct edge *via; /* the edge to the layer; NULL: it is the top */
     uint64_t len;
     uint64_t host_offset; /* FOUND_DATA, FOUND_ENCODED */
+    struct edge *host;    /* FOUND_DATA */
     bool said;            /* FOUND_ZERO: by the layer, not for want of one */
 
     /* FOUND_DATA, FOUND_ENCODED: we are inside. */
@@ -86,6 +87,7 @@ static int co_fn ask(struct found *f, const struct request *req, uint64_t offset
         found_leave(f);
     f->len = map.len;
     f->host_offset = map.host_offset;
+    f->host = map.host;
     return r;
 }
 
@@ -303,7 +305,7 @@ static int co_fn read_found(const struct found *f, struct request *req)
 {
     switch (f->kind) {
     case FOUND_DATA:
-        return read_file(f->layer->file, req, f->host_offset);
+        return read_file(f->host, req, f->host_offset);
     case FOUND_ENCODED:
         return f->layer->driver->co_read_encoded(f->layer, req, f->host_offset);
     case FOUND_PLAIN:
@@ -422,7 +424,7 @@ int chain_co_extents(struct node *top, struct request *req)
     else if (req->extents->layers && (f.kind != FOUND_ZERO || f.said))
         e.below = links_to(top, f.layer);
     if (f.kind == FOUND_DATA) {
-        e.host = f.layer->file->node;
+        e.host = f.host->node;
         e.host_offset = f.host_offset;
     }
     (void)extents_add(req->extents, &e); /* full is as good */

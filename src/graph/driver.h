@@ -26,7 +26,7 @@ enum driver_kind { DRIVER_PROTOCOL, DRIVER_FORMAT, DRIVER_FILTER };
 
 /* Where a range of a format's disk lies. */
 enum mapping_kind {
-    MAPPING_DATA,    /* in the node's file, from host_offset on, as it is */
+    MAPPING_DATA,    /* in the child `host`, from host_offset on, as it is */
     MAPPING_ZERO,    /* nowhere: it reads as zeroes */
     MAPPING_BELOW,   /* in the backing node; without one, and beyond its end, it reads as zeroes */
     MAPPING_ENCODED, /* in the node's file, otherwise than as it is: co_read_encoded reads it */
@@ -36,6 +36,7 @@ struct mapping {
     enum mapping_kind kind;
     uint64_t len;         /* bytes that the answer holds for; > 0 */
     uint64_t host_offset; /* MAPPING_ENCODED: what co_read_encoded wants to know */
+    struct edge *host;    /* MAPPING_DATA */
 };
 
 struct driver {

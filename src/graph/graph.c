@@ -380,6 +380,57 @@ static int co_fn control_fn open_reference(struct node *node, const char *path, 
                  : 0;
 }
 
+/* The definition of a node over a regular file; NULL if the path is no UTF-8. */
+static json_t *file_definition(const char *path)
+{
+    return json_pack("{s:s, s:s}", "driver", "file", "filename", path);
+}
+
+/* A child over a file that a reference in the image has led to. */
+static int co_fn control_fn attach_file(struct node *node, const char *child, const char *path,
+                                        struct error **err)
+{
+    const struct node_settings settings = settings_below(node, child);
+    struct node_options options = {.node_name = NULL};
+    json_t *tree = file_definition(path);
+    struct node *file = NULL;
+    struct edge *e;
+    int r;
+
+    if (!tree)
+        return error_set(err, EINVAL, "'%s' is no name for a file", path);
+    r = json_in(&node_options_type, tree, JSON_IN_STRICT, "", &options, err);
+    if (r == 0)
+        r = node_co_open_one(node->graph, &options, &settings, node->reserved_by, &file, err);
+    schema_free(&node_options_type, &options);
+    json_decref(tree);
+    if (!file)
+        return r;
+    e = edge_new(node, NULL, file, child);
+    return access_change(e, access_below(e), err);
+}
+
+int node_co_attach_file(struct node *node, const char *child, const char *reference,
+                        struct error **err)
+{
+    const char *name = node_filename(node->file->node);
+    AUTO(free_ptr) char *image = NULL;
+    AUTO(free_ptr) char *path = NULL;
+    int r = name ? file_co_resolve(name, &image) : -EINVAL;
+
+    if (r < 0)
+        return error_set(err, -r,
+                         "node '%s': its image names %s '%s', but has no file name itself that "
+                         "this could be relative to: give `%s`",
+                         node->name, child, reference, child);
+    r = grants_co_check(node->graph, image, reference, &path, err);
+    if (r == 0 && strcmp(image, path) == 0)
+        r = error_set(err, EINVAL, "it is the image itself");
+    if (r == 0)
+        r = attach_file(node, child, path, err);
+    return r < 0 ? error_wrap(err, r, "node '%s': %s '%s'", node->name, child, reference) : 0;
+}
+
 /* Refuses a file that is a layer of the chain already. Those below the top were opened by their canonical names. */
 static int check_no_loop(const struct node *top, const char *top_path, const struct node *end,
                          const char *path, struct error **err)

@@ -91,5 +91,11 @@ int node_get_secret(const struct node *node, const char *id, struct secret *ret,
 void node_want_backing(struct node *node, const char *file, const char *format);
 /* For co_open: it is guarded from now on, once more (see struct guard_action). */
 void node_guard(struct node *node);
+/*
+ * For co_open of a format: opens the file that its image names for this child, as the node itself is opened, if grants allow it
+ * (Q6), and attaches it.
+ */
+int co_fn control_fn node_co_attach_file(struct node *node, const char *child,
+                                         const char *reference, struct error **err);
 
 #endif

@@ -27,6 +27,7 @@
 #define RANDOM_CUTS 5
 #define TOP         "/disk/top"
 #define BASE        "/disk/base"
+#define DATA        "top.data"
 #define BASE_VALUES ((uint64_t)1 << 40)
 
 static const struct driver *const test_drivers[] = {&flush_filter_driver, NULL};
@@ -129,7 +130,8 @@ static void write_compressed(struct writer *w, uint64_t first, uint64_t count)
     uint64_t from = align_down(first, per_cluster);
     uint64_t to = MIN(align_up(first + count, per_cluster), r->size_now / LOG_SECTOR);
 
-    send_sectors(w, from, MIN(to - from, 2 * per_cluster), REQUEST_COMPRESSED);
+    send_sectors(w, from, MIN(to - from, 2 * per_cluster),
+                 r->plan->shape.data_file ? 0 : REQUEST_COMPRESSED);
 }
 
 static void zero_sectors(struct writer *w, uint64_t first, uint64_t count, bool unmap)
@@ -275,7 +277,8 @@ static void open_disk(struct run *r, bool watched)
     if (r->plan->has_base)
         add_layer(r->graph, "base", BASE, NULL, true);
     if (watched)
-        add_watched_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL);
+        add_watched_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL,
+                          r->plan->shape.data_file ? "/disk/" DATA : NULL);
     else
         add_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL, false);
     r->backend = must_attach(r->graph, "top", ACCESS_RW, "writer");
@@ -532,6 +535,7 @@ static void plan_random(struct plan *p, uint64_t seed)
         p->shape.backing = BASE;
         p->shape.allocated = 0;
     }
+    qcow2_shape_data_file(&p->shape, &prng, DATA, 250);
 }
 
 static void test_qcow2_crash__writes_zeroes_discards(void **state)

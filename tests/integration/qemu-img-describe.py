@@ -18,6 +18,9 @@ CREATED = [
     ("qcow2", "preallocation=full", "1M"),
     ("qcow2", "preallocation=falloc,cluster_size=2M", "5M"),
     ("qcow2", "cluster_size=2M,refcount_bits=64", "1P"),
+    ("qcow2", "data_file=d.data", "3M"),
+    ("qcow2", "data_file=d.data,data_file_raw=on,cluster_size=4k", "1000k"),
+    ("qcow2", "data_file=d.data,preallocation=full", "2M"),
     ("raw", "", "3M"),
     ("raw", "preallocation=falloc", "1M"),
     ("raw", "preallocation=full", "1M"),
@@ -32,7 +35,7 @@ def test_created_images_are_the_same(tools, fmt, options, size):
     if fmt == "qcow2" and size != "1P":
         tools.peer("check", "-q", "-f", "qcow2", "x.img")
     if "full" in options or "falloc" in options:
-        assert tools.disk_bytes("x.img") >= 1 << 20
+        assert tools.disk_bytes("d.data" if "data_file" in options else "x.img") >= 1 << 20
     os.unlink(tools.path("x.img"))
     assert ours == tools.peer(*words, "x.img", size).stdout
     assert seen == without_sizes(tools.peer("info", "-f", fmt, "x.img").stdout)

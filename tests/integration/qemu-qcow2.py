@@ -35,6 +35,9 @@ SHAPES = [
     "cluster_size=64k,compat=0.10,preallocation=full",
     "cluster_size=64k,lazy_refcounts=on",
     "cluster_size=2M,refcount_bits=8",
+    "cluster_size=64k,data_file=@",
+    "cluster_size=512,data_file=@",
+    "cluster_size=4k,data_file=@,data_file_raw=on",
 ]
 
 
@@ -45,7 +48,8 @@ def run(*words, status=0, env=None):
 
 
 def create(path, options="cluster_size=64k", size=SIZE):
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size)
+    """`@` is a file beside it."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options.replace("@", f"{path}.data"), path, size)
     return path
 
 
@@ -183,6 +187,8 @@ def test_we_write_and_they_read(daemon, tmp_path, shape):
     must_be_sound(image)
     assert they_read(image, tmp_path / "raw") == flat
     assert run(JUDGE, "--read", image) == flat
+    if "data_file_raw" in shape:
+        assert (tmp_path / "a.qcow2.data").read_bytes() == flat
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -370,6 +376,7 @@ def of(options):
 
 def with_data_file(path):
     create(path, f"data_file={path}.data")
+    os.unlink(f"{path}.data")
 
 
 def with_unknown_feature(path):
@@ -385,7 +392,7 @@ def with_snapshot(path):
 
 REFUSED = {
     "encrypted": (peer_creates_encrypted, "encrypt"),
-    "data-file": (with_data_file, "data file"),
+    "data-file-is-gone": (with_data_file, "data-file"),
     "extended-l2": (of("extended_l2=on"), "extended"),
     "corrupt": (marked(72, "Q", 2), "corrupt"),
     "unknown": (with_unknown_feature, "time travel"),

@@ -46,6 +46,7 @@ struct model {
     unsigned layers;
     struct qcow2_shape shapes[LAYERS_MAX];
     char paths[LAYERS_MAX][80];
+    char data[LAYERS_MAX][16];  /* names of external data files */
     uint8_t *below[LAYERS_MAX]; /* what the lower images held at first */
     size_t below_len[LAYERS_MAX];
     struct range stripes[STRIPES]; /* stripe i belongs to actor i % ACTORS */
@@ -373,6 +374,8 @@ static void judge_all(struct model *m)
         image_judge(m->disk, m->paths[i], NO_LEAKS, &v);
     }
     check(v.virtual_size == m->size);
+    if (m->shapes[m->layers - 1].data_raw)
+        image_judge_raw_data(m->disk, m->paths[m->layers - 1], m->size);
     image_read_guest(m->disk, paths, m->layers, 0, m->back, m->size);
     die_unequal(m, "judge", m->back, m->flat, 0, m->size);
 }
@@ -440,6 +443,10 @@ static void plan_model(struct model *m)
     }
     for (unsigned i = 1; i < m->layers; i++)
         m->shapes[i].backing = m->paths[i - 1];
+    for (unsigned i = 0; i < m->layers; i++) {
+        (void)snprintf(m->data[i], sizeof(m->data[i]), "l%u.data", i);
+        qcow2_shape_data_file(&m->shapes[i], &m->prng, m->data[i], 250);
+    }
 }
 
 static void test_qcow2_model__under_sim(void **state)
@@ -462,15 +469,18 @@ static void on_real_threads(enum loop_engine engine, const char *where)
 {
     TEST_SEEDS (seed) {
         static struct model m;
-        char dir[64];
+        char dir[64], data[1200];
 
         (void)snprintf(dir, sizeof(dir), "%s/test-qcow2-XXXXXX", where);
         assert_non_null(mkdtemp(dir));
         m = (struct model){.seed = seed, .prng = {seed}, .dir = dir};
         plan_model(&m);
         on_engine(engine, run_model, &m);
-        for (unsigned i = 0; i < m.layers; i++)
+        for (unsigned i = 0; i < m.layers; i++) {
             unlink(m.paths[i]);
+            image_beside(data, m.paths[i], m.data[i]);
+            unlink(data);
+        }
         rmdir(dir);
     }
 }

@@ -17,6 +17,7 @@
 #define SECTORS ((uint64_t)160)
 #define TOP     "top.qcow2"
 #define BASE    "base.qcow2"
+#define DATA    "top.data"
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 
@@ -173,7 +174,6 @@ static void make_images(struct race *r)
         }
         image_put(r->disk, r->base, bytes, len);
         free(bytes);
-        r->shape.backing = BASE;
     }
     image_make(r->disk, r->top, &r->shape);
 }
@@ -223,6 +223,9 @@ static void race_init(struct race *r, uint64_t seed, struct sim_disk *disk, cons
     r->narrow = (unsigned)MIN(SECTORS, (2 + prng_below(&prng, 6)) << (r->shape.cluster_bits - 9));
     (void)snprintf(r->top, sizeof(r->top), "%s/" TOP, dir);
     (void)snprintf(r->base, sizeof(r->base), "%s/" BASE, dir);
+    if (r->has_base)
+        r->shape.backing = BASE;
+    qcow2_shape_data_file(&r->shape, &prng, DATA, 250);
     log_init(&r->log, SECTORS);
     make_images(r);
 }
@@ -326,7 +329,7 @@ static void on_real_threads(enum loop_engine engine, const char *where)
     TEST_SEEDS (seed) {
         static struct race r;
         struct qcow2_verdict v;
-        char dir[64];
+        char dir[64], data[1200];
 
         (void)snprintf(dir, sizeof(dir), "%s/test-qcow2-XXXXXX", where);
         assert_non_null(mkdtemp(dir));
@@ -335,6 +338,8 @@ static void on_real_threads(enum loop_engine engine, const char *where)
         image_judge(NULL, r.top, NO_LEAKS, &v);
         unlink(r.top);
         unlink(r.base);
+        image_beside(data, r.top, DATA);
+        unlink(data);
         rmdir(dir);
         log_release(&r.log);
     }

@@ -4,7 +4,7 @@
  *
  *     qcow2-check IMAGE            prints what it found; exit status 0: sound, 1: leaks, 2: errors, 3: not judged
  *     qcow2-check --read IMAGE...  writes what a guest reads of the first image, whose backing file is the second, and so on,
- *                                  to standard output; "raw:NAME" is a raw one
+ *                                  to standard output; "raw:NAME" is a raw one. Data files are found by their names as they are
  */
 #include "qcow2-check.h"
 
@@ -23,7 +23,8 @@ static const char *const kinds[QCOW2_ERRORS] = {
     [QCOW2_ERROR_COPIED] = "copied",         [QCOW2_ERROR_NOWHERE] = "nowhere",
     [QCOW2_ERROR_RESERVED] = "reserved",     [QCOW2_ERROR_ZERO_V2] = "zero_v2",
     [QCOW2_ERROR_DIRTY] = "dirty",           [QCOW2_ERROR_NOT_COPIED] = "not_copied",
-    [QCOW2_ERROR_SNAPSHOT] = "snapshot",
+    [QCOW2_ERROR_SNAPSHOT] = "snapshot",     [QCOW2_ERROR_SUBCLUSTER] = "subcluster",
+    [QCOW2_ERROR_DATA_FILE] = "data_file",
 };
 
 static int check_image(const char *path)
@@ -47,12 +48,24 @@ static int check_image(const char *path)
     return v.leaks ? 1 : 0;
 }
 
+/* What it leaves open goes with the program. */
+static void open_data_file(struct qcow2_layer *l, int *fd)
+{
+    char name[1024];
+
+    if (qcow2_see_data_file(&l->file, name) < 0 || !*name)
+        return;
+    *fd = open(name, O_RDONLY);
+    l->data = qcow2_file_of_fd(fd);
+}
+
 static int read_images(char **paths, unsigned count)
 {
     static char buf[1 << 20];
     struct qcow2_layer layers[LAYERS_MAX];
     struct qcow2_verdict v;
     int fds[LAYERS_MAX];
+    int data[LAYERS_MAX];
     uint64_t size;
 
     for (unsigned i = 0; i < count; i++) {
@@ -60,6 +73,8 @@ static int read_images(char **paths, unsigned count)
 
         fds[i] = open(paths[i] + (raw ? 4 : 0), O_RDONLY);
         layers[i] = (struct qcow2_layer){.file = qcow2_file_of_fd(&fds[i]), .raw = raw};
+        if (!raw)
+            open_data_file(&layers[i], &data[i]);
     }
     size = layers[0].file.size;
     if (!layers[0].raw) {

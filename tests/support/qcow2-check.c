@@ -27,10 +27,14 @@
 #define INCOMPAT_DIRTY  1u
 #define INCOMPAT_BROKEN 2u
 #define INCOMPAT_METHOD 8u
+#define INCOMPAT_DATA   4u
+#define INCOMPAT_EXTEND 16u
+#define INCOMPAT_FINE   (INCOMPAT_METHOD | INCOMPAT_DATA | INCOMPAT_EXTEND)
 
 #define METHOD_ZSTD 1
 
 #define EXTENSION_BITMAPS 0x23852875u
+#define EXTENSION_DATA    0x44415441u
 
 struct header {
     unsigned version;
@@ -46,7 +50,26 @@ struct header {
     uint64_t autoclear;
     uint64_t snapshot_count;
     uint64_t snapshots_offset;
+    unsigned l2_entry;  /* bytes */
+    uint64_t data_name; /* where the name of the data file is; 0: it has none */
+    uint64_t data_name_len;
 };
+
+static bool has_data_file(const struct header *h)
+{
+    return h->incompatible & INCOMPAT_DATA;
+}
+
+/* What is mapped as a whole. */
+static uint64_t unit_of(const struct header *h)
+{
+    return ((uint64_t)1 << h->cluster_bits) / (h->l2_entry == 16 ? 32 : 1);
+}
+
+static uint64_t table_entries(const struct header *h)
+{
+    return ((uint64_t)1 << h->cluster_bits) / h->l2_entry;
+}
 
 /* An entry of the table of snapshots. */
 struct entry {
@@ -177,8 +200,8 @@ static void __attribute__((format(printf, 2, 3))) leaked(struct walk *w, const c
 
 /* ---- the header ---- */
 
-static int look_at_extensions(const struct qcow2_file *f, uint64_t at, uint64_t end,
-                              struct qcow2_verdict *v)
+static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint64_t at,
+                              uint64_t end, struct qcow2_verdict *v)
 {
     while (at + 8 <= end) {
         uint8_t head[8];
@@ -190,6 +213,10 @@ static int look_at_extensions(const struct qcow2_file *f, uint64_t at, uint64_t 
             break;
         if (load_be32(head) == EXTENSION_BITMAPS)
             return unjudged(v, EOPNOTSUPP, "it has bitmaps");
+        if (load_be32(head) == EXTENSION_DATA) {
+            h->data_name = at + 8;
+            h->data_name_len = load_be32(head + 4);
+        }
         at += 8 + (((uint64_t)load_be32(head + 4) + 7) & ~(uint64_t)7);
         if (at > end)
             return unjudged(v, EINVAL, "a header extension ends beyond the first cluster");
@@ -201,7 +228,7 @@ static int check_header_sense(const struct qcow2_file *f, const struct header *h
                               struct qcow2_verdict *v)
 {
     uint64_t cluster = (uint64_t)1 << h->cluster_bits;
-    uint64_t l2_covers = cluster * (cluster / 8);
+    uint64_t l2_covers = cluster * table_entries(h);
     uint64_t needed = h->size / l2_covers + (h->size % l2_covers ? 1 : 0);
 
     if (h->l1_entries < needed)
@@ -236,7 +263,7 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
     h->l1_offset = load_be64(b + 40);
     h->table_offset = load_be64(b + 48);
     h->table_clusters = load_be32(b + 56);
-    h->incompatible = h->autoclear = 0;
+    h->incompatible = h->autoclear = h->data_name = 0;
     if (h->version != 2 && h->version != 3)
         return unjudged(v, EINVAL, "version %u", h->version);
     if (h->cluster_bits < 9 || h->cluster_bits > 21)
@@ -254,7 +281,10 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
             return unjudged(v, EOPNOTSUPP, "compression type %u, features %" PRIx64, h->method,
                             h->incompatible);
     }
-    if (h->incompatible & ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_BROKEN | INCOMPAT_METHOD))
+    h->l2_entry = h->incompatible & INCOMPAT_EXTEND ? 16 : 8;
+    if (h->l2_entry == 16 && h->cluster_bits < 14)
+        return unjudged(v, EINVAL, "subclusters, and cluster_bits %u", h->cluster_bits);
+    if (h->incompatible & ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_BROKEN | INCOMPAT_FINE))
         return unjudged(v, EOPNOTSUPP, "incompatible features %" PRIx64, h->incompatible);
     if (load_be32(b + 32))
         return unjudged(v, EOPNOTSUPP, "it is encrypted");
@@ -264,7 +294,7 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
         (h->snapshot_count && h->snapshots_offset % ((uint64_t)1 << h->cluster_bits)))
         return unjudged(v, EINVAL, "%" PRIu64 " snapshots at %" PRIx64, h->snapshot_count,
                         h->snapshots_offset);
-    r = look_at_extensions(f, len, (uint64_t)1 << h->cluster_bits, v);
+    r = look_at_extensions(f, h, len, (uint64_t)1 << h->cluster_bits, v);
     return r < 0 ? r : check_header_sense(f, h, v);
 }
 
@@ -374,21 +404,53 @@ static void walk_compressed(struct walk *w, uint64_t entry, uint64_t guest)
                 guest);
 }
 
-static int walk_l2_entry(struct walk *w, uint64_t entry, uint64_t guest)
+/* It has the place that belongs to it, and no refcount. */
+static void walk_external(struct walk *w, uint64_t entry, uint64_t guest)
+{
+    if ((entry & L1_OFFSET) != guest * w->cluster)
+        found(w, QCOW2_ERROR_DATA_FILE, "guest cluster %" PRIu64 " is at %" PRIx64, guest, entry);
+    if (!(entry & FLAG_COPIED))
+        found(w, QCOW2_ERROR_NOT_COPIED, "guest cluster %" PRIu64 " is not copied", guest);
+}
+
+static void walk_subclusters(struct walk *w, bool placed, uint64_t bits, uint64_t guest)
+{
+    uint64_t data = bits & UINT32_MAX;
+
+    if (data & bits >> 32 || (data && !placed))
+        found(w, QCOW2_ERROR_SUBCLUSTER, "guest cluster %" PRIu64 ": subclusters %" PRIx64, guest,
+              bits);
+    w->v->partial_clusters += w->now == 1 && data && data != UINT32_MAX;
+}
+
+static int walk_l2_entry(struct walk *w, uint64_t entry, uint64_t bits, uint64_t guest)
 {
     uint64_t offset = entry & L1_OFFSET;
+    bool external = has_data_file(&w->h);
 
     if (entry & L2_COMPRESSED) {
+        if (external)
+            found(w, QCOW2_ERROR_DATA_FILE, "guest cluster %" PRIu64 " is compressed", guest);
+        if (bits)
+            found(w, QCOW2_ERROR_SUBCLUSTER, "guest cluster %" PRIu64 ": compressed, %" PRIx64,
+                  guest, bits);
         walk_compressed(w, entry, guest);
         return 0;
     }
-    if (entry & L2_RESERVED)
+    if (entry & L2_RESERVED || (w->h.l2_entry == 16 && entry & FLAG_ZERO))
         found(w, QCOW2_ERROR_RESERVED, "L2 entry of guest cluster %" PRIu64 ": %" PRIx64, guest,
               entry);
+    if (w->h.l2_entry == 16)
+        walk_subclusters(w, offset || (external && entry & FLAG_COPIED), bits, guest);
     if (w->h.version == 2 && (entry & FLAG_ZERO))
         found(w, QCOW2_ERROR_ZERO_V2, "guest cluster %" PRIu64 " is zero in version 2", guest);
     if (w->h.version > 2 && (entry & FLAG_ZERO))
         w->v->zero_clusters += w->now == 1;
+    if (external && (offset || entry & FLAG_COPIED)) {
+        w->v->data_clusters += w->now == 1;
+        walk_external(w, entry, guest);
+        return 0;
+    }
     if (offset == 0) {
         if (entry & FLAG_COPIED)
             found(w, QCOW2_ERROR_NOWHERE, "guest cluster %" PRIu64 " is copied to nowhere", guest);
@@ -402,12 +464,14 @@ static int walk_l2_entry(struct walk *w, uint64_t entry, uint64_t guest)
 
 static int walk_l2(struct walk *w, uint64_t l2, uint64_t index)
 {
-    uint64_t entries = w->cluster / 8;
+    uint64_t entries = table_entries(&w->h);
+    unsigned bytes = w->h.l2_entry;
     uint8_t *table = malloc(w->cluster);
     int r = table ? file_read(w->f, l2, table, w->cluster) : -ENOMEM;
 
     for (uint64_t i = 0; i < entries && r == 0; i++)
-        r = walk_l2_entry(w, load_be64(table + i * 8), index * entries + i);
+        r = walk_l2_entry(w, load_be64(table + i * bytes),
+                          bytes == 16 ? load_be64(table + i * bytes + 8) : 0, index * entries + i);
     free(table);
     return r;
 }
@@ -512,6 +576,18 @@ static int walk_snapshots(struct walk *w)
     return 0;
 }
 
+int qcow2_see_data_file(const struct qcow2_file *f, char ret_name[1024])
+{
+    struct qcow2_verdict ignored = {.errors = 0};
+    struct header h;
+    int r = read_header(f, &h, &ignored);
+
+    memset(ret_name, 0, 1024);
+    if (r < 0 || !has_data_file(&h) || !h.data_name)
+        return r;
+    return h.data_name_len < 1024 ? file_read(f, h.data_name, ret_name, h.data_name_len) : -EINVAL;
+}
+
 int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number, struct qcow2_snapshot_seen *ret)
 {
     struct qcow2_verdict ignored = {.errors = 0};
@@ -600,6 +676,7 @@ static void describe(struct walk *w)
     w->v->autoclear = w->h.autoclear;
     w->v->l1_entries = w->h.l1_entries;
     w->v->snapshots = w->h.snapshot_count;
+    w->v->has_data_file = has_data_file(&w->h);
     w->v->refcount_table_clusters = w->h.table_clusters;
 }
 
@@ -633,7 +710,7 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
         release(&w);
         return -ENOMEM;
     }
-    if (w.h.incompatible & ~(uint64_t)INCOMPAT_METHOD)
+    if (w.h.incompatible & ~(uint64_t)INCOMPAT_FINE)
         found(&w, QCOW2_ERROR_DIRTY, "it is marked as dirty or corrupt: %" PRIx64,
               w.h.incompatible);
     (void)refer(&w, 0, 1, USE_META, "header", 0);
@@ -650,23 +727,26 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
 
 /* ---- reading ---- */
 
-/* What the L2 table says of a guest offset; 0 if there is none. */
+/* What the L2 table says of a guest offset, and with subclusters of these; 0 if there is none. */
 static int find_entry(const struct qcow2_file *f, const struct header *h, uint64_t offset,
-                      uint64_t *ret)
+                      uint64_t *ret, uint64_t *ret_bits)
 {
-    uint64_t cluster = (uint64_t)1 << h->cluster_bits;
-    uint64_t n = offset / cluster;
+    uint64_t n = offset >> h->cluster_bits;
+    uint64_t entries = table_entries(h);
+    uint64_t at;
     int r;
 
-    *ret = 0;
-    if (n / (cluster / 8) >= h->l1_entries)
+    *ret = *ret_bits = 0;
+    if (n / entries >= h->l1_entries)
         return 0;
-    r = file_entry(f, h->l1_offset + n / (cluster / 8) * 8, ret);
+    r = file_entry(f, h->l1_offset + n / entries * 8, ret);
     if (r < 0 || !(*ret & L1_OFFSET)) {
         *ret = 0;
         return r;
     }
-    return file_entry(f, (*ret & L1_OFFSET) + n % (cluster / 8) * 8, ret);
+    at = (*ret & L1_OFFSET) + n % entries * h->l2_entry;
+    r = file_entry(f, at, ret);
+    return r < 0 || h->l2_entry == 8 ? r : file_entry(f, at + 8, ret_bits);
 }
 
 static bool inflates(const uint8_t *in, size_t in_len, uint8_t *out, size_t out_len)
@@ -710,21 +790,35 @@ static int read_compressed(const struct qcow2_file *f, const struct header *h, u
     return r < 0 ? r : fine ? 0 : -EIO;
 }
 
-/* A piece of one cluster, if it lies in this layer; else 1. The buffer has zeroes. */
-static int read_layer(const struct qcow2_file *f, const struct header *h, uint64_t offset,
+/* Does it have data there? It may say that there are zeroes. */
+static bool has_data(const struct header *h, uint64_t entry, uint64_t bits, unsigned sub,
+                     bool *ret_zero)
+{
+    *ret_zero = h->l2_entry == 16 ? bits >> 32 >> sub & 1 : h->version > 2 && (entry & FLAG_ZERO);
+    if (*ret_zero || (h->l2_entry == 16 && !(bits >> sub & 1)))
+        return false;
+    return entry & L1_OFFSET || (has_data_file(h) && entry & FLAG_COPIED);
+}
+
+/* A piece of one subcluster, if it lies in this layer; else 1. The buffer has zeroes. */
+static int read_layer(const struct qcow2_layer *layer, const struct header *h, uint64_t offset,
                       void *buf, size_t len)
 {
-    uint64_t in_cluster = offset % ((uint64_t)1 << h->cluster_bits);
+    const struct qcow2_file *f = &layer->file;
+    uint64_t cluster = (uint64_t)1 << h->cluster_bits;
+    uint64_t in_cluster = offset % cluster;
     uint8_t *plain;
-    uint64_t entry;
-    int r = find_entry(f, h, offset, &entry);
+    uint64_t entry, bits;
+    bool zero;
+    int r = find_entry(f, h, offset, &entry, &bits);
 
     if (r < 0)
         return r;
     if (!(entry & L2_COMPRESSED)) {
-        if (h->version > 2 && (entry & FLAG_ZERO))
-            return 0;
-        return entry & L1_OFFSET ? file_read(f, (entry & L1_OFFSET) + in_cluster, buf, len) : 1;
+        if (!has_data(h, entry, bits, (unsigned)(in_cluster / (cluster / 32)), &zero))
+            return zero ? 0 : 1;
+        return file_read(has_data_file(h) ? &layer->data : f, (entry & L1_OFFSET) + in_cluster, buf,
+                         len);
     }
     plain = malloc((size_t)1 << h->cluster_bits);
     if (!plain)
@@ -751,7 +845,7 @@ static int read_piece(const struct qcow2_layer *layers, const struct header *hea
             len = (size_t)(size - offset); /* the rest is zero, whatever lies below */
         if (layers[i].raw)
             return file_read(f, offset, buf, len);
-        r = read_layer(f, &headers[i], offset, buf, len);
+        r = read_layer(&layers[i], &headers[i], offset, buf, len);
         if (r <= 0)
             return r;
     }
@@ -788,8 +882,10 @@ int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t 
         r = read_header(&layers[i].file, &headers[i], &ignored);
         if (r == 0 && layers[i].snapshot)
             r = use_snapshot(&layers[i], &headers[i]);
-        if (r == 0 && step > (uint64_t)1 << headers[i].cluster_bits)
-            step = (uint64_t)1 << headers[i].cluster_bits;
+        if (r == 0 && has_data_file(&headers[i]) && !layers[i].data.read)
+            r = -EINVAL;
+        if (r == 0 && step > unit_of(&headers[i]))
+            step = unit_of(&headers[i]);
     }
     if (r == 0 &&
         (count == 0 || offset + len > (layers[0].raw ? layers[0].file.size : headers[0].size)))

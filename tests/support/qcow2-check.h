@@ -2,8 +2,8 @@
 /*
  * An independent judge of qcow2 images, written from the format's specification alone; it shares no code with the driver.
  *
- * It knows what the driver of this stage may write: versions 2 and 3, standard, zero and compressed clusters, backing files,
- * internal snapshots. An image with anything else (extended L2, data file, encryption, bitmaps) is not judged.
+ * It knows what the driver of this stage may write: versions 2 and 3, standard, zero and compressed clusters, subclusters, backing
+ * files, external data files, internal snapshots. An image with anything else (encryption, bitmaps) is not judged.
  */
 #ifndef CAIRN_TESTS_QCOW2_CHECK_H
 #define CAIRN_TESTS_QCOW2_CHECK_H
@@ -37,6 +37,8 @@ enum qcow2_error {
     QCOW2_ERROR_ZERO_V2,    /* the zero flag in version 2, which has none */
     QCOW2_ERROR_DIRTY,      /* the dirty or the corrupt bit is set */
     QCOW2_ERROR_SNAPSHOT,   /* the table of snapshots, or an entry, makes no sense */
+    QCOW2_ERROR_SUBCLUSTER, /* both allocated and zero, or allocated nowhere */
+    QCOW2_ERROR_DATA_FILE, /* there is a data file, and a cluster is not at its guest offset in it, or is compressed */
     QCOW2_ERRORS,
 };
 
@@ -60,6 +62,8 @@ struct qcow2_verdict {
     uint64_t data_clusters; /* with a host cluster, those that read as zeroes included */
     uint64_t zero_clusters; /* that read as zeroes */
     uint64_t compressed_clusters;
+    uint64_t partial_clusters; /* some subclusters have data, and some have not */
+    bool has_data_file;
 
     char text[2000]; /* the first findings, a line each */
 };
@@ -75,6 +79,7 @@ struct qcow2_layer {
     struct qcow2_file file;
     bool raw;
     unsigned snapshot; /* the disk as it was then: 1 is the first in the table; 0: as it is now */
+    struct qcow2_file data; /* the external data file, if there is one */
 };
 
 /*
@@ -94,5 +99,8 @@ struct qcow2_snapshot_seen {
 /* 0, or as qcow2_check(); -ENOENT: there are not so many. */
 int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number,
                        struct qcow2_snapshot_seen *ret);
+
+/* The name of the external data file; the empty one if there is none. 0, or as qcow2_check(). */
+int qcow2_see_data_file(const struct qcow2_file *f, char ret_name[1024]);
 
 #endif

@@ -37,6 +37,16 @@ static inline void qcow2_shape_random(struct qcow2_shape *s, struct prng *prng, 
         s->refcount_order = (unsigned)prng_below(prng, 7);
 }
 
+/* Or with an external data file, of this name beside it; not every image can have one. */
+static inline void qcow2_shape_data_file(struct qcow2_shape *s, struct prng *prng, const char *name,
+                                         unsigned per_mille)
+{
+    if (s->version < 3 || !prng_chance(prng, per_mille))
+        return;
+    s->data_file = name;
+    s->data_raw = !s->backing && prng_chance(prng, 500);
+}
+
 /* ---- where they lie ---- */
 
 /* `disk` NULL: on a real file system. */
@@ -55,13 +65,30 @@ static inline void image_put(struct sim_disk *disk, const char *path, const void
     check(fd >= 0 && pwrite(fd, bytes, len, 0) == (ssize_t)len && close(fd) == 0);
 }
 
+/* A file beside another one. */
+static inline void image_beside(char ret[1200], const char *path, const char *name)
+{
+    const char *slash = strrchr(path, '/');
+
+    (void)snprintf(ret, 1200, "%.*s%s", slash ? (int)(slash + 1 - path) : 0, path, name);
+}
+
 static inline void image_make(struct sim_disk *disk, const char *path, const struct qcow2_shape *s)
 {
+    char data[1200];
     size_t len;
     uint8_t *bytes = qcow2_make(s, &len);
 
     image_put(disk, path, bytes, len);
     free(bytes);
+    if (s->data_file) { /* of what is not mapped in it nothing is known, but for raw data */
+        bytes = xalloc(s->size + 1, 1);
+        if (!s->data_raw && !s->allocated)
+            memset(bytes, 0xee, s->size);
+        image_beside(data, path, s->data_file);
+        image_put(disk, data, bytes, s->size);
+        free(bytes);
+    }
 }
 
 /* All of a file; the caller's to free. */
@@ -119,17 +146,47 @@ static inline void image_read_guest(struct sim_disk *disk, const char *const *pa
 {
     struct qcow2_layer layers[16];
     uint8_t *bytes[16];
+    uint8_t *data[16] = {NULL};
+    char name[1024], path[1200];
+    size_t size;
 
     check(count <= ARRAY_SIZE(layers));
     for (unsigned i = 0; i < count; i++) {
-        size_t size;
-
         bytes[i] = image_load(disk, paths[i], &size);
         layers[i] = (struct qcow2_layer){.file = qcow2_file_in_memory(bytes[i], size)};
+        check(qcow2_see_data_file(&layers[i].file, name) == 0);
+        if (!*name)
+            continue;
+        image_beside(path, paths[i], name);
+        data[i] = image_load(disk, path, &size);
+        layers[i].data = qcow2_file_in_memory(data[i], size);
     }
     check(qcow2_read_guest(layers, count, offset, buf, len) == 0);
-    for (unsigned i = 0; i < count; i++)
+    for (unsigned i = 0; i < count; i++) {
         free(bytes[i]);
+        free(data[i]);
+    }
+}
+
+/* What a raw data file holds is what a guest reads, and no more. */
+static inline void image_judge_raw_data(struct sim_disk *disk, const char *path, uint64_t size)
+{
+    uint8_t *shown = xalloc(1, size + 1);
+    uint8_t *bytes;
+    struct qcow2_file f;
+    char name[1024], data[1200];
+    size_t len;
+
+    image_read_guest(disk, &path, 1, 0, shown, size);
+    bytes = image_load(disk, path, &len);
+    f = qcow2_file_in_memory(bytes, len);
+    check(qcow2_see_data_file(&f, name) == 0 && *name);
+    free(bytes);
+    image_beside(data, path, name);
+    bytes = image_load(disk, data, &len);
+    check(len == size && memcmp(bytes, shown, size) == 0);
+    free(bytes);
+    free(shown);
 }
 
 /* ---- nodes ---- */
@@ -213,16 +270,22 @@ static const struct driver flush_filter_driver = {
     .co_flush = flush_filter_co_request,
 };
 
-/* As add_layer(), with the filter between. */
+/* As add_layer(), with the filter between, also above the external data file if there is one. */
 static inline void add_watched_layer(struct graph *g, const char *name, const char *path,
-                                     const char *backing)
+                                     const char *backing, const char *data)
 {
     const char *quote = backing ? "'" : "";
+    char data_file[300] = "";
+
+    if (data)
+        (void)snprintf(data_file, sizeof(data_file),
+                       "'data-file':{'driver':'raw','file':{'driver':'file','filename':'%s'}},",
+                       data);
 
     add_or_die(g,
-               "{'driver':'qcow2','node-name':'%s','discard':'unmap',"
+               "{'driver':'qcow2','node-name':'%s','discard':'unmap',%s"
                "'file':{'driver':'raw','file':{'driver':'file','filename':'%s'}},'backing':%s%s%s}",
-               name, path, quote, backing ? backing : "null", quote);
+               name, data_file, path, quote, backing ? backing : "null", quote);
 }
 
 #endif

@@ -175,6 +175,40 @@ static void test_qcow2_create__limits_are_those_of_opening(void **state)
     (void)must_lay_out(&o);
 }
 
+static void test_qcow2_create__data_file(void **state)
+{
+    struct qcow2_create_options o = defaults(1 * MIB);
+    struct qcow2_layout layout;
+    char name[400];
+
+    (void)state;
+    o.data_file_raw = true;
+    must_refuse(&o, EINVAL, "data_file_raw requires data_file");
+    o.data_file = "x";
+    layout = must_lay_out(&o);
+    assert_int_equal(layout.mapped_clusters, 16); /* all of the disk is */
+    assert_int_equal(layout.data_clusters, 0);
+    o.version = 2;
+    must_refuse(&o, EINVAL, "external data files need qcow2 version 3");
+    o.version = 3;
+    o.backing_file = "b";
+    o.backing_format = "raw";
+    must_refuse(
+        &o, EINVAL,
+        "backing file 'b' and data_file_raw are given: a raw data file holds all of the disk");
+    o = defaults(1 * MIB);
+    o.cluster_bits = 9;
+    memset(name, 'n', sizeof(name));
+    name[385] = '\0';
+    o.data_file = name;
+    must_refuse(
+        &o, EINVAL,
+        "the data file name has 385 bytes, clusters of 512 bytes have room for 384: use larger "
+        "clusters");
+    name[384] = '\0';
+    (void)must_lay_out(&o);
+}
+
 static void test_qcow2_create__sizes_are_rounded_up_to_sectors(void **state)
 {
     static const uint64_t sizes[][2] = {{0, 0}, {1, 512}, {512, 512}, {513, 1024}};

@@ -35,7 +35,7 @@ static void run_world(void *arg)
     w->graph = graph_new(drivers);
     if (w->has_base)
         add_layer(w->graph, "base", BASE, NULL, true);
-    add_watched_layer(w->graph, "top", TOP, w->has_base ? "base" : NULL);
+    add_watched_layer(w->graph, "top", TOP, w->has_base ? "base" : NULL, NULL);
     w->backend = must_attach(w->graph, "top", ACCESS_RW, "guest");
     memset(w->data, 0x5a, sizeof(w->data));
     w->body(w);

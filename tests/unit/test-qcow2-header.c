@@ -791,8 +791,6 @@ static void test_qcow2_header__what_is_not_done_yet_is_refused_by_name(void **st
     struct image *image;
 
     (void)state;
-    never_supported(image_incompatible(QCOW2_INCOMPATIBLE_DATA_FILE),
-                    "node 'x': the image has an external data file, which is not supported");
     image = image_incompatible(QCOW2_INCOMPATIBLE_EXTENDED_L2);
     put(image, QCOW2_OFFSET_L1_SIZE, 4, 4);
     never_supported(image, "node 'x': the image has extended L2 entries (subclusters), which are "
@@ -826,9 +824,55 @@ static void test_qcow2_header__extended_l2_entries_halve_what_an_l1_entry_covers
                 "entries");
 }
 
+static void test_qcow2_header__data_file(void **state)
+{
+    struct qcow2_header h;
+    struct image *image = image_incompatible(QCOW2_INCOMPATIBLE_DATA_FILE);
+    static const char long_name[QCOW2_DATA_FILE_MAX + 1] = {'x'};
+    size_t at = 112;
+
+    (void)state;
+    must_parse(image, &h);
+    assert_true(qcow2_header_has_data_file(&h));
+    assert_null(h.data_file); /* whoever opens it says where it is */
+    check_supported(&h, false, NULL);
+
+    add_extension(image, &at, QCOW2_EXTENSION_DATA_FILE, "disk.raw", 8);
+    put(image, QCOW2_OFFSET_AUTOCLEAR, 8, QCOW2_AUTOCLEAR_RAW_DATA);
+    must_parse(image, &h);
+    assert_string_equal(h.data_file, "disk.raw");
+    assert_true(qcow2_header_data_is_raw(&h));
+    qcow2_header_release(&h);
+
+    put(image, QCOW2_OFFSET_INCOMPATIBLE, 8, 0); /* then it says nothing */
+    must_parse(image, &h);
+    assert_null(h.data_file);
+    assert_false(qcow2_header_data_is_raw(&h));
+    qcow2_header_release(&h);
+    free(image);
+
+    image = image_incompatible(QCOW2_INCOMPATIBLE_DATA_FILE);
+    at = 112;
+    add_extension(image, &at, QCOW2_EXTENSION_DATA_FILE, "disk\0raw", 8);
+    must_refuse(image, EINVAL,
+                "node 'x': qcow2 header: the data file name, of 8 bytes, contains a NUL byte");
+    image = image_incompatible(QCOW2_INCOMPATIBLE_DATA_FILE);
+    at = 112;
+    add_extension(image, &at, QCOW2_EXTENSION_DATA_FILE, long_name, sizeof(long_name));
+    must_refuse(image, EINVAL,
+                "node 'x': qcow2 header: the data file name has 1024 bytes, expected 1023 at most");
+}
+
 static void test_qcow2_header__some_images_are_read_only(void **state)
 {
+    struct image *image = image_incompatible(QCOW2_INCOMPATIBLE_DATA_FILE);
+
     (void)state;
+    put(image, QCOW2_OFFSET_SNAPSHOT_COUNT, 4, 1);
+    image->file_size += 65536;
+    put(image, QCOW2_OFFSET_SNAPSHOTS_OFFSET, 8, 65536 * 4);
+    readable_only(image, "node 'x': the image has internal snapshots beside an external data file, "
+                         "which cannot keep what they hold: open it with read-only=on");
     readable_only(image_incompatible(QCOW2_INCOMPATIBLE_CORRUPT | QCOW2_INCOMPATIBLE_DIRTY),
                   "node 'x': the image is marked corrupt: open it with read-only=on, or repair it "
                   "with `cairn check -r all`");

@@ -51,6 +51,11 @@ static json_t *specific_json(const struct image_layer *l, json_t *bitmaps)
         json_object_set_new(data, "lazy-refcounts",
                             json_boolean(h->compatible & QCOW2_COMPATIBLE_LAZY_REFCOUNTS));
     json_object_set_new(data, "refcount-bits", json_integer((json_int_t)1 << h->refcount_order));
+    if (h->data_file)
+        json_object_set_new(data, "data-file", json_string_lossy(h->data_file));
+    if (qcow2_header_has_data_file(h))
+        json_object_set_new(data, "data-file-raw",
+                            json_boolean(h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA));
     if (h->version >= 3) {
         json_object_set_new(data, "corrupt",
                             json_boolean(h->incompatible & QCOW2_INCOMPATIBLE_CORRUPT));
@@ -111,6 +116,10 @@ void info_print_specific(const struct image_layer *l, const struct info_tables *
         printf("    lazy refcounts: %s\n", yes(h->compatible & QCOW2_COMPATIBLE_LAZY_REFCOUNTS));
     info_print_bitmaps(t->bitmaps);
     printf("    refcount bits: %u\n", 1u << h->refcount_order);
+    if (h->data_file)
+        printf("    data file: %s\n", h->data_file);
+    if (qcow2_header_has_data_file(h))
+        printf("    data file raw: %s\n", yes(h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA));
     if (h->crypt_method)
         printf("    encrypt:\n        format: %s\n",
                h->crypt_method == QCOW2_CRYPT_AES ? "aes" : "luks");
@@ -162,11 +171,7 @@ static int co_fn control_fn info(struct graph *g, void *arg, struct error **err)
         struct image_layer *l = &image.layers[n];
         struct info_tables tables = {.snapshots = NULL};
 
-        if (l->header.incompatible & QCOW2_INCOMPATIBLE_DATA_FILE)
-            r = error_set(err, ENOTSUP, "'%s' has an external data file, which is not supported",
-                          l->filename);
-        if (r == 0)
-            r = info_tables_co_read(&tables, g, l, err);
+        r = info_tables_co_read(&tables, g, l, err);
         if (r == 0 && i->json)
             json_array_append_new(all, layer_json(l, &tables));
         else if (r == 0) {

@@ -156,7 +156,8 @@ static int co_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len, str
         e->zero = x.flags & EXTENT_ZERO;
         e->has_offset = x.flags & EXTENT_OFFSET_VALID;
         e->offset = x.host_offset;
-        e->filename = w->image.layers[i].filename;
+        e->filename = w->image.layers[i].data_filename ? w->image.layers[i].data_filename
+                                                       : w->image.layers[i].filename;
         return refine(w, i, e);
     }
     return 0;
@@ -203,7 +204,8 @@ static int co_fn control_fn open_layers(struct mapping_walk *w, struct error **e
         if (r == 0 && l->node == l->file_node)
             w->files[i].backend = w->formats[i].backend;
         else if (r == 0)
-            r = image_co_backend(&w->files[i].backend, image->graph, l->file_node,
+            r = image_co_backend(&w->files[i].backend, image->graph,
+                                 l->data_node ? l->data_node : l->file_node,
                                  (struct access){ACCESS_READ, ACCESS_ALL}, err);
     }
     return r;

@@ -89,6 +89,8 @@ static int compute(struct measure *m, struct error **err)
         return 0;
     }
     free(take(&m->o.backing_format));
+    free(take(&m->o.data_file)); /* as the peer: all is counted, wherever it will lie */
+    m->o.data_file_raw = false;
     m->o.size = m->size;
     m->o.preallocation = PREALLOC_METADATA; /* metadata for all of the disk */
     r = create_options_layout(&m->o, &layout, err);

@@ -3,7 +3,9 @@
 #include "base/checked.h"
 #include "base/macros.h"
 #include "cli/image/create-options.h"
+#include "cli/image/extent-walk.h"
 #include "cli/image/tool.h"
+#include "formats/qcow2/qcow2-preallocate.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -36,6 +38,30 @@ static int new_size(const struct resize *x, uint64_t old, uint64_t *ret, struct 
     return 0;
 }
 
+/* Clusters first, then space for what they are: all of it is mapped then, in whatever order it lies. */
+static int co_fn control_fn preallocate_clusters(struct image *image, uint64_t from, uint64_t to,
+                                                 enum preallocation how, struct error **err)
+{
+    struct extent_walk walk = {.backend = image->backend};
+    int r = qcow2_co_preallocate(image->backend, from, to, err);
+
+    if (r == 0 && how == PREALLOC_FULL)
+        return create_co_preallocate(image->backend, image->layers[0].path, from, to, PREALLOC_FULL,
+                                     err);
+    while (r == 0 && how == PREALLOC_FALLOC && from < to) {
+        struct extent e;
+
+        r = extent_walk_at(&walk, from, to - from, &e);
+        if (r < 0)
+            return error_set(err, -r, "Failed to read block status: %s", strerror(-r));
+        if (e.flags & EXTENT_OFFSET_VALID)
+            r = create_co_preallocate(image->backend, node_filename(e.host), e.host_offset,
+                                      e.host_offset + e.len, PREALLOC_FALLOC, err);
+        from += e.len;
+    }
+    return r;
+}
+
 int image_co_resize(struct image *image, uint64_t size, enum preallocation how, struct error **err)
 {
     bool is_raw = strcmp(image_format(image), "qcow2") != 0;
@@ -46,14 +72,13 @@ int image_co_resize(struct image *image, uint64_t size, enum preallocation how, 
         return error_set(err, EINVAL, "Preallocation can only be used for growing images");
     if (how == PREALLOC_METADATA && is_raw)
         return error_set(err, EINVAL, "raw images have no metadata to preallocate");
-    if (how != PREALLOC_OFF && !is_raw)
-        return error_set(err, ENOTSUP,
-                         "growing qcow2 images with preallocation is not supported yet");
     if (!is_raw && size % 512)
         return error_set(err, EINVAL, "The new size must be a multiple of 512");
     r = graph_co_resize(image->graph, image->layers[0].node, size, err);
-    if (r == 0)
+    if (r == 0 && is_raw)
         r = create_co_preallocate(image->backend, image->layers[0].path, old, size, how, err);
+    else if (r == 0 && how != PREALLOC_OFF)
+        r = preallocate_clusters(image, old, size, how, err);
     if (r == 0 && image_co_flush(image->backend) < 0)
         r = error_set(err, EIO, "cannot flush '%s'", image->layers[0].filename);
     return r;
@@ -143,7 +168,7 @@ const struct cli_command resize_command = {
         "\n"
         "  -f FORMAT                 of FILE: raw or qcow2; by default it is probed\n"
         "      --shrink              it may become smaller, and what is beyond its end is lost\n"
-        "      --preallocation MODE  of what is new, in raw images: off (default), falloc, full\n"
+        "      --preallocation MODE  of what is new: off (default), metadata (qcow2), falloc, full\n"
         "  -q                        print nothing\n"
         "      --image-opts          FILE is options: driver=qcow2,file.filename=PATH\n"
         "      --allow DIR           what images refer to may lie in DIR, too\n"

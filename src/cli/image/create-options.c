@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define PIECE ((size_t)1 << 20)
@@ -136,10 +137,17 @@ static int set_encryption(struct create_options *o, const char *text, struct err
     return only_off("encryption", text, err);
 }
 
+static int set_data_file(struct create_options *o, const char *text, struct error **err)
+{
+    if (!*text)
+        return error_set(err, EINVAL, "the name of the data file is empty");
+    set_text(&o->data_file, text);
+    return 0;
+}
+
 static int set_data_file_raw(struct create_options *o, const char *text, struct error **err)
 {
-    (void)o;
-    return only_off("data_file_raw", text, err);
+    return read_bool("data_file_raw", text, &o->data_file_raw, err);
 }
 
 static int set_compression_type(struct create_options *o, const char *text, struct error **err)
@@ -172,6 +180,9 @@ static const struct known_option known[] = {
     {"compat", set_compat, "<str>           - Compatibility level (v2 [0.10] or v3 [1.1])", false},
     {"compression_type", set_compression_type,
      "<str> - Compression method used for image cluster compression: zlib, zstd", false},
+    {"data_file", set_data_file, "<str>        - File name of an external data file", false},
+    {"data_file_raw", set_data_file_raw,
+     "<bool (on/off)> - The external data file must stay valid as a raw image", false},
     {"lazy_refcounts", set_lazy_refcounts, "<bool (on/off)> - Postpone refcount updates", false},
     {"preallocation", set_preallocation,
      "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)", true},
@@ -181,8 +192,6 @@ static const struct known_option known[] = {
     /* What can only be off, or is refused; it is not shown. */
     {"extended_l2", set_extended_l2, NULL, false},
     {"encryption", set_encryption, NULL, false},
-    {"data_file", refuse, NULL, false},
-    {"data_file_raw", set_data_file_raw, NULL, false},
     {"encrypt.format", refuse, NULL, false},
     {"encrypt.key-secret", refuse, NULL, false},
     {"encrypt.cipher-alg", refuse, NULL, false},
@@ -212,6 +221,7 @@ void create_options_release(struct create_options *o)
     free(o->backing_file);
     free(o->backing_format);
     free(o->compat);
+    free(o->data_file);
 }
 
 static int set_one(struct create_options *o, char *item, struct error **err)
@@ -294,6 +304,8 @@ int create_options_layout(const struct create_options *o, struct qcow2_layout *r
         .preallocate_metadata = o->preallocation != PREALLOC_OFF,
         .lazy_refcounts = o->lazy_refcounts,
         .compression_type = o->compression_type,
+        .data_file = o->data_file,
+        .data_file_raw = o->data_file_raw,
     };
 
     return qcow2_layout_make(&q, ret, err);
@@ -324,6 +336,9 @@ void create_options_print(const struct create_options *o, const char *filename)
     print_escaped("compat", o->compat);
     print_escaped("backing_file", o->backing_file);
     print_escaped("backing_fmt", o->backing_format);
+    print_escaped("data_file", o->data_file);
+    if (o->data_file_raw)
+        printf(" data_file_raw=on");
     printf(" lazy_refcounts=%s refcount_bits=%" PRIu64 "\n", o->lazy_refcounts ? "on" : "off",
            o->refcount_bits);
 }
@@ -476,6 +491,32 @@ static int co_fn control_fn fill(struct creation *c, json_t *definition, struct 
     return graph_co_del(c->graph, "new", err);
 }
 
+static bool is_same_file(const char *path, const char *other)
+{
+    struct stat a;
+    struct stat b;
+
+    return strcmp(path, other) == 0 || (stat(path, &a) == 0 && stat(other, &b) == 0 &&
+                                        a.st_dev == b.st_dev && a.st_ino == b.st_ino);
+}
+
+/* The file that holds the data of the image, first: it is there when the image is. */
+static int co_fn control_fn create_data_file(struct graph *g, const char *filename,
+                                             const struct create_options *o, unsigned flags,
+                                             struct error **err)
+{
+    AUTO(free_ptr) char *path = image_data_path(filename, o->data_file);
+    struct create_options raw = {
+        .format = "raw",
+        .size = align_up(o->size, 512),
+        .preallocation = o->preallocation == PREALLOC_METADATA ? PREALLOC_OFF : o->preallocation,
+    };
+
+    if (is_same_file(path, filename))
+        return error_set(err, EINVAL, "an image cannot be its own data file");
+    return create_co_image(g, path, &raw, flags, err);
+}
+
 static int check(struct creation *c, struct error **err)
 {
     const struct create_options *o = c->o;
@@ -497,6 +538,8 @@ int create_co_image(struct graph *g, const char *filename, const struct create_o
     int fd;
     int r = check(&c, err);
 
+    if (r == 0 && o->data_file)
+        r = create_data_file(g, filename, o, flags, err);
     if (r == 0)
         r = image_file_definition(filename, &definition, err);
     if (r < 0)

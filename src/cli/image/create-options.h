@@ -31,6 +31,8 @@ struct create_options {
     uint64_t refcount_bits;
     bool lazy_refcounts;
     enum qcow2_compression compression_type;
+    char *data_file; /* NULL: none */
+    bool data_file_raw;
 };
 
 /* -EINVAL for a format that cannot be made. */

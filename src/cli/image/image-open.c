@@ -68,6 +68,11 @@ char *image_combine(const char *base, const char *name)
     return xasprintf("%.*s%s", (int)(slash - base + 1), base, name);
 }
 
+char *image_data_path(const char *base, const char *name)
+{
+    return follow_all ? xstrdup(name) : image_combine(base, name);
+}
+
 bool image_format_written(const char *format)
 {
     return strcmp(format, "raw") == 0 || strcmp(format, "qcow2") == 0;
@@ -278,6 +283,58 @@ static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t
     return image_co_add_node(image->graph, def, err);
 }
 
+static bool is_same_file(const char *a, const char *b)
+{
+    struct stat x;
+    struct stat y;
+
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* The definition of the data file's node: what the command line says, or what the image names (Q6). */
+static int co_fn control_fn define_data_file(const struct image *image,
+                                             const struct image_layer *layer, json_t *given,
+                                             json_t **ret, struct error **err)
+{
+    AUTO(free_ptr) char *path = NULL;
+    int r = 0;
+
+    if (given) {
+        *ret = json_deep_copy(given);
+        return *ret ? complete_file(*ret, err) : error_set(err, ENOMEM, "no memory");
+    }
+    if (follow_all)
+        return image_file_definition(layer->header.data_file, ret, err);
+    r = grants_co_check(image->graph, layer->path, layer->header.data_file, &path, err);
+    return r < 0 ? r : image_file_definition(path, ret, err);
+}
+
+static int co_fn control_fn open_data_file(struct image *image, size_t i, struct error **err)
+{
+    struct image_layer *layer = &image->layers[i];
+    json_t *given = json_object_get(layer->options, "data-file");
+    json_t *def = NULL;
+    const char *name;
+    int r;
+
+    if (!qcow2_header_has_data_file(&layer->header) || (given && !json_is_object(given)) ||
+        (!given && !layer->header.data_file))
+        return 0; /* the format says what is wrong, if anything is */
+    r = define_data_file(image, layer, given, &def, err);
+    if (r < 0)
+        return error_wrap(err, r, "data file of '%s'", layer->filename);
+    name = json_string_value(json_object_get(def, "filename"));
+    if (layer->path && name && is_same_file(layer->path, name)) {
+        json_decref(def);
+        return error_set(err, EINVAL, "data file of '%s': it is the image itself", layer->filename);
+    }
+    layer->data_filename = xstrdup(!given ? layer->header.data_file : name ? name : "data-file");
+    layer->data_node = xasprintf("%s%zu.data", image->prefix, i);
+    json_object_set_new(def, "node-name", json_string(layer->data_node));
+    set_common(def, image, i);
+    return image_co_add_node(image->graph, def, err);
+}
+
 static json_t *format_definition(const struct image *image, size_t i)
 {
     const struct image_layer *layer = &image->layers[i];
@@ -294,6 +351,8 @@ static json_t *format_definition(const struct image *image, size_t i)
                             below ? json_string(image->layers[i + 1].node) : json_null());
     if (i == 0 && image->snapshot)
         json_object_set(def, "snapshot", image->snapshot);
+    if (layer->data_node)
+        json_object_set_new(def, "data-file", json_string(layer->data_node));
     set_common(def, image, i);
     return def;
 }
@@ -446,16 +505,10 @@ static int co_fn control_fn look_at(struct image *image, size_t i, struct error 
 
 static int refuse_loop(const struct image *image, const char *path, struct error **err)
 {
-    struct stat now;
-
-    if (!path || stat(path, &now) < 0)
-        return 0; /* opening it says why */
-    for (size_t i = 0; i + 1 < image->count; i++) {
+    for (size_t i = 0; path && i + 1 < image->count; i++) {
         const struct image_layer *layer = &image->layers[i];
-        struct stat st;
 
-        if (layer->path && stat(layer->path, &st) == 0 && st.st_dev == now.st_dev &&
-            st.st_ino == now.st_ino)
+        if (layer->path && is_same_file(layer->path, path))
             return error_set(err, ELOOP, "'%s' is its own backing file, by way of '%s'", path,
                              image->layers[image->count - 2].filename);
     }
@@ -515,6 +568,8 @@ static void layer_release(struct image_layer *l)
     qcow2_header_release(&l->header);
     free(l->backing_filename);
     free(l->backing_format);
+    free(l->data_node);
+    free(l->data_filename);
     json_decref(l->options);
     json_decref(l->backing);
 }
@@ -614,9 +669,12 @@ static int co_fn control_fn resolve_chain(struct image *image, struct wanted *w,
 static int co_fn control_fn open_formats(struct image *image, struct error **err)
 {
     for (size_t i = image->count; i-- > 0;) {
-        int r = 0;
+        int r;
 
-        if (image->layers[i].node != image->layers[i].file_node && !image->layers[i].imported)
+        if (image->layers[i].node == image->layers[i].file_node || image->layers[i].imported)
+            continue;
+        r = open_data_file(image, i, err);
+        if (r == 0)
             r = image_co_add_node(image->graph, format_definition(image, i), err);
         if (r < 0)
             return r;
@@ -728,6 +786,7 @@ void image_co_close(struct image *image)
 
         if (layer->node != layer->file_node)
             close_node(image, layer->node);
+        close_node(image, layer->data_node);
         close_node(image, layer->file_node);
         layer_release(layer);
     }

@@ -63,6 +63,8 @@ struct image_layer {
     uint64_t imported_cluster;  /* the unit of allocation; 0: there is none */
     char *backing_filename;     /* in full; NULL: it names none */
     char *backing_format;       /* NULL: it is not said */
+    char *data_node; /* of an external data file; NULL: there is none, or it is not open */
+    char *data_filename;
 
     json_t *options; /* of the format */
     json_t *backing; /* what the command line says of it; NULL: nothing */
@@ -99,6 +101,8 @@ int co_fn control_fn image_co_backend(struct backend **ret, struct graph *g, con
 
 /* Where what an image refers to lies, seen from the image's own name; owned by the caller. */
 char *image_combine(const char *base, const char *name);
+/* The same for the name of an external data file, which the peer takes as it is. */
+char *image_data_path(const char *base, const char *name);
 /* The definition of the node of a file or device that is named by its path. */
 int image_file_definition(const char *name, json_t **ret, struct error **err);
 /* What can be read. */

@@ -29,8 +29,8 @@
 /* Whoever writes the image does it in pieces of this size. */
 #define QCOW2_CREATE_PIECE ((size_t)MIB)
 
-/* Header and extensions never fill more, nor, without feature names, the smallest cluster. A backing file's name follows. */
-#define QCOW2_CREATE_HEADER_MAX 1024
+/* Header and extensions never fill more. A backing file's name follows. */
+#define QCOW2_CREATE_HEADER_MAX 2048
 
 static uint64_t qcow2_div_up(uint64_t a, uint64_t b)
 {
@@ -62,6 +62,24 @@ static size_t qcow2_header_put_features(uint8_t *at)
     return qcow2_header_put_extension(at, QCOW2_EXTENSION_FEATURE_NAMES, table, len);
 }
 
+static size_t qcow2_header_put_v3(const struct qcow2_layout *l, uint8_t *at)
+{
+    uint64_t incompatible = 0;
+
+    if (l->compression_type != QCOW2_COMPRESSION_ZLIB)
+        incompatible |= QCOW2_INCOMPATIBLE_COMPRESSION_TYPE;
+    if (l->data_file)
+        incompatible |= QCOW2_INCOMPATIBLE_DATA_FILE;
+    store_be64(at + QCOW2_OFFSET_INCOMPATIBLE, incompatible);
+    store_be64(at + QCOW2_OFFSET_COMPATIBLE,
+               l->lazy_refcounts ? QCOW2_COMPATIBLE_LAZY_REFCOUNTS : 0);
+    store_be64(at + QCOW2_OFFSET_AUTOCLEAR, l->data_file_raw ? QCOW2_AUTOCLEAR_RAW_DATA : 0);
+    store_be32(at + QCOW2_OFFSET_REFCOUNT_ORDER, l->refcount_order);
+    store_be32(at + QCOW2_OFFSET_HEADER_LENGTH, QCOW2_HEADER_LENGTH_V3);
+    at[QCOW2_OFFSET_COMPRESSION_TYPE] = (uint8_t)l->compression_type;
+    return QCOW2_HEADER_LENGTH_V3;
+}
+
 static size_t qcow2_header_put_fields(const struct qcow2_layout *l, uint8_t *at)
 {
     store_be32(at + QCOW2_OFFSET_MAGIC, QCOW2_MAGIC);
@@ -72,16 +90,7 @@ static size_t qcow2_header_put_fields(const struct qcow2_layout *l, uint8_t *at)
     store_be64(at + QCOW2_OFFSET_L1_OFFSET, l->l1_offset);
     store_be64(at + QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET, l->refcount_table_offset);
     store_be32(at + QCOW2_OFFSET_REFCOUNT_TABLE_CLUSTERS, (uint32_t)l->refcount_table_clusters);
-    if (l->version < 3)
-        return QCOW2_HEADER_LENGTH_V2;
-    if (l->compression_type != QCOW2_COMPRESSION_ZLIB)
-        store_be64(at + QCOW2_OFFSET_INCOMPATIBLE, QCOW2_INCOMPATIBLE_COMPRESSION_TYPE);
-    at[QCOW2_OFFSET_COMPRESSION_TYPE] = (uint8_t)l->compression_type;
-    store_be64(at + QCOW2_OFFSET_COMPATIBLE,
-               l->lazy_refcounts ? QCOW2_COMPATIBLE_LAZY_REFCOUNTS : 0);
-    store_be32(at + QCOW2_OFFSET_REFCOUNT_ORDER, l->refcount_order);
-    store_be32(at + QCOW2_OFFSET_HEADER_LENGTH, QCOW2_HEADER_LENGTH_V3);
-    return QCOW2_HEADER_LENGTH_V3;
+    return l->version < 3 ? QCOW2_HEADER_LENGTH_V2 : qcow2_header_put_v3(l, at);
 }
 
 /*
@@ -98,6 +107,9 @@ static size_t qcow2_header_build(const struct qcow2_layout *l, bool features,
     if (l->backing_format)
         len += qcow2_header_put_extension(head + len, QCOW2_EXTENSION_BACKING_FORMAT,
                                           l->backing_format, strlen(l->backing_format));
+    if (l->data_file)
+        len += qcow2_header_put_extension(head + len, QCOW2_EXTENSION_DATA_FILE, l->data_file,
+                                          strlen(l->data_file));
     if (features)
         len += qcow2_header_put_features(head + len);
     len += QCOW2_EXTENSION_HEAD; /* the end marker is zeroes */
@@ -146,8 +158,30 @@ static int qcow2_create_check_backing(const struct qcow2_create_options *o, stru
     return 0;
 }
 
+static int qcow2_create_check_data_file(const struct qcow2_create_options *o, struct error **err)
+{
+    if (o->data_file_raw && !o->data_file)
+        return error_set(err, EINVAL, "data_file_raw requires data_file");
+    if (!o->data_file)
+        return 0;
+    if (o->version < 3)
+        return error_set(err, EINVAL, "external data files need qcow2 version 3");
+    if (o->data_file[0] == '\0' || strlen(o->data_file) > QCOW2_DATA_FILE_MAX)
+        return error_set(err, EINVAL, "the data file name has %zu bytes, expected 1 to %d",
+                         strlen(o->data_file), QCOW2_DATA_FILE_MAX);
+    if (o->data_file_raw && o->backing_file)
+        return error_set(
+            err, EINVAL,
+            "backing file '%s' and data_file_raw are given: a raw data file holds all of "
+            "the disk",
+            o->backing_file);
+    return 0;
+}
+
 static int qcow2_create_check(const struct qcow2_create_options *o, struct error **err)
 {
+    int r;
+
     if (o->version < 2 || o->version > 3)
         return error_set(err, EINVAL, "qcow2 version is %u, expected 2 or 3", o->version);
     if (o->cluster_bits < QCOW2_CLUSTER_BITS_MIN || o->cluster_bits > QCOW2_CLUSTER_BITS_MAX)
@@ -167,7 +201,8 @@ static int qcow2_create_check(const struct qcow2_create_options *o, struct error
     if (o->size > NODE_SIZE_MAX)
         return error_set(err, EINVAL, "size is %" PRIu64 " bytes, expected %" PRIu64 " at most",
                          o->size, (uint64_t)NODE_SIZE_MAX);
-    return qcow2_create_check_backing(o, err);
+    r = qcow2_create_check_data_file(o, err);
+    return r < 0 ? r : qcow2_create_check_backing(o, err);
 }
 
 /* How many refcount blocks, and clusters of the table that points to them, make a file with `others` further clusters whole. */
@@ -215,7 +250,7 @@ static void qcow2_layout_place(struct qcow2_layout *l, size_t header_len)
     qcow2_layout_add(l, l->refcount_blocks_offset,
                      qcow2_div_up((l->file_size >> bits) << l->refcount_order, 8));
     qcow2_layout_add(l, l->l1_offset, l->l2_tables * QCOW2_ENTRY_LEN);
-    qcow2_layout_add(l, l->l2_offset, l->data_clusters * QCOW2_ENTRY_LEN);
+    qcow2_layout_add(l, l->l2_offset, l->mapped_clusters * QCOW2_ENTRY_LEN);
 }
 
 /* The tables' sizes, within the limits. */
@@ -233,7 +268,8 @@ static int qcow2_layout_count(struct qcow2_layout *l, bool preallocate, struct e
                          (QCOW2_L1_BYTES_MAX / QCOW2_ENTRY_LEN) << (2 * bits - 3));
     if (preallocate) {
         l->l2_tables = l->l1_size;
-        l->data_clusters = qcow2_div_up(l->size, cluster_size);
+        l->mapped_clusters = qcow2_div_up(l->size, cluster_size);
+        l->data_clusters = l->data_file ? 0 : l->mapped_clusters;
     }
     qcow2_layout_count_refcounts(l, 1 + qcow2_div_up(l->l1_size * QCOW2_ENTRY_LEN, cluster_size) +
                                         l->l2_tables + l->data_clusters);
@@ -243,6 +279,23 @@ static int qcow2_layout_count(struct qcow2_layout *l, bool preallocate, struct e
                          " at most: use larger clusters or narrower refcounts",
                          l->refcount_table_clusters << bits, QCOW2_REFCOUNT_TABLE_BYTES_MAX);
     return 0;
+}
+
+/* They do not fit: which is to blame? */
+static int qcow2_layout_refuse_names(const struct qcow2_layout *l, size_t cluster_size,
+                                     size_t head_len, struct error **err)
+{
+    bool is_backing = head_len < cluster_size;
+    const char *name = is_backing ? l->backing_file : l->data_file;
+    size_t others =
+        head_len -
+        (is_backing || !name ? 0 : (size_t)align_up(strlen(name), QCOW2_EXTENSION_ALIGN));
+
+    return error_set(err, EINVAL,
+                     "the %s file name has %zu bytes, clusters of %zu bytes have room for %zu: use "
+                     "larger clusters",
+                     is_backing ? "backing" : "data", name ? strlen(name) : 0, cluster_size,
+                     cluster_size - MIN(others, cluster_size));
 }
 
 int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_layout *ret,
@@ -267,14 +320,13 @@ int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_l
         .compression_type = options->compression_type,
         .backing_file = options->backing_file,
         .backing_format = options->backing_format,
+        .data_file = options->data_file,
+        .data_file_raw = options->data_file_raw,
     };
     header_len = qcow2_header_fit(&l, head, &head_len);
     if (header_len > cluster_size)
-        return error_set(err, EINVAL,
-                         "the backing file name has %zu bytes, clusters of %zu bytes have room "
-                         "for %zu: use larger clusters",
-                         header_len - head_len, cluster_size, cluster_size - head_len);
-    r = qcow2_layout_count(&l, options->preallocate_metadata, err);
+        return qcow2_layout_refuse_names(&l, cluster_size, head_len, err);
+    r = qcow2_layout_count(&l, options->preallocate_metadata || options->data_file_raw, err);
     if (r < 0)
         return r;
     qcow2_layout_place(&l, header_len);
@@ -369,7 +421,8 @@ void qcow2_layout_read(const struct qcow2_layout *layout, uint64_t offset, void 
     } tables[] = {
         {l->refcount_table_offset, {l->refcount_blocks, l->refcount_blocks_offset, cluster_size}},
         {l->l1_offset, {l->l2_tables, l->l2_offset | QCOW2_COPIED, cluster_size}},
-        {l->l2_offset, {l->data_clusters, l->data_offset | QCOW2_COPIED, cluster_size}},
+        {l->l2_offset,
+         {l->mapped_clusters, (l->data_file ? 0 : l->data_offset) | QCOW2_COPIED, cluster_size}},
     };
 
     uint8_t *bytes = buf;

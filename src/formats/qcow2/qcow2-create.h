@@ -25,6 +25,9 @@ struct qcow2_create_options {
     bool lazy_refcounts;        /* later writers may postpone refcounts; since version 3 */
     enum qcow2_compression
         compression_type; /* of what later writers compress; zstd: since version 3 */
+    const char
+        *data_file;     /* where guest clusters lie; NULL: in the image itself; since version 3 */
+    bool data_file_raw; /* it holds what the disk shows: all of it is mapped */
 };
 
 #define QCOW2_CREATE_OPTIONS_INIT                                                                  \
@@ -53,6 +56,7 @@ struct qcow2_layout {
     unsigned refcount_order;
     bool lazy_refcounts;
     enum qcow2_compression compression_type;
+    bool data_file_raw;
     uint64_t refcount_table_offset;
     uint64_t refcount_table_clusters;
     uint64_t refcount_blocks_offset;
@@ -63,10 +67,12 @@ struct qcow2_layout {
     uint64_t l2_tables;
     uint64_t data_offset; /* as l2_offset */
     uint64_t data_clusters;
+    uint64_t mapped_clusters; /* of the disk: data_clusters, if they are not in a data file */
 
     /* Borrowed from the options. */
     const char *backing_file;
     const char *backing_format;
+    const char *data_file;
 };
 
 /*

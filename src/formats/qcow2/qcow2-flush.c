@@ -265,9 +265,9 @@ static int co_fn write_all(struct picture *p)
 
 static int co_fn write_picture(struct picture *p)
 {
-    int r = 0;
+    int r = qcow2_sync_data(p->q, p->by); /* DATA-2 */
 
-    if (p->ordered && p->count)
+    if (r == 0 && p->ordered && p->count)
         r = qcow2_sync(p->q, p->by);
     if (r == 0)
         r = write_all(p);
@@ -385,7 +385,7 @@ int qcow2_flush_mappings(struct qcow2 *q, const struct request *by)
     /* A cycle that is under way has taken what was there, and it is not yet durable. */
     any = anything_locked(q) || q->flush.busy;
     tiny_lock_release(&q->lock);
-    return any ? write_back(q, by, wanted) : qcow2_sync(q, by);
+    return any ? write_back(q, by, wanted) : qcow2_sync_edge(q, q->data, by);
 }
 
 int qcow2_co_flush(struct node *node, struct request *req)

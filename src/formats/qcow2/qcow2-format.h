@@ -133,5 +133,6 @@ enum qcow2_feature_type {
 #define QCOW2_BACKING_FILE_MAX             1023
 /* Ours. */
 #define QCOW2_BACKING_FORMAT_MAX 255
+#define QCOW2_DATA_FILE_MAX      1023
 
 #endif

@@ -141,6 +141,11 @@ int qcow2_header_with_backing(const struct qcow2_header *header, const void *old
     if (file && format && strlen(format) > QCOW2_BACKING_FORMAT_MAX)
         return error_set(err, EINVAL, "the backing format name has %zu bytes, expected %d at most",
                          strlen(format), QCOW2_BACKING_FORMAT_MAX);
+    if (file && qcow2_header_data_is_raw(header))
+        return error_set(
+            err, EINVAL,
+            "the image has a raw data file, which holds all of the disk: it cannot have a "
+            "backing file");
     if (!qcow2_header_try(header, old, len, file, format, true, ret) &&
         !qcow2_header_try(header, old, len, file, format, false, ret))
         return error_set(err, ENOSPC,

@@ -444,6 +444,20 @@ static int qcow2_header_parse_backing_format(struct qcow2_header *h, struct erro
     return qcow2_string_copy(&h->backing_format, "backing format name", e->data, e->len, err);
 }
 
+/* Without the feature it means nothing. */
+static int qcow2_header_parse_data_file(struct qcow2_header *h, struct error **err)
+{
+    const struct qcow2_extension *e = qcow2_extension_find(h, QCOW2_EXTENSION_DATA_FILE);
+
+    if (!e || e->len == 0 || !qcow2_header_has_data_file(h))
+        return 0;
+    if (e->len > QCOW2_DATA_FILE_MAX)
+        return error_set(err, EINVAL,
+                         "the data file name has %" PRIu32 " bytes, expected %d at most", e->len,
+                         QCOW2_DATA_FILE_MAX);
+    return qcow2_string_copy(&h->data_file, "data file name", e->data, e->len, err);
+}
+
 static int qcow2_header_parse_all(struct qcow2_header *h, struct qcow2_source *src,
                                   struct error **err)
 {
@@ -456,9 +470,10 @@ static int qcow2_header_parse_all(struct qcow2_header *h, struct qcow2_source *s
         (r = qcow2_header_parse_extensions(h, src, err)) < 0 ||
         (r = qcow2_header_parse_bitmaps(h, err)) < 0 ||
         (r = qcow2_header_check_tables(h, src->file_size, err)) < 0 ||
-        (r = qcow2_header_parse_backing(h, src, err)) < 0)
+        (r = qcow2_header_parse_backing(h, src, err)) < 0 ||
+        (r = qcow2_header_parse_backing_format(h, err)) < 0)
         return r;
-    return qcow2_header_parse_backing_format(h, err);
+    return qcow2_header_parse_data_file(h, err);
 }
 
 int qcow2_header_parse(struct qcow2_header *ret, const void *bytes, size_t len, uint64_t file_size,
@@ -513,6 +528,7 @@ void qcow2_header_release(struct qcow2_header *header)
     free(header->bitmaps_problem);
     free(header->backing_file);
     free(header->backing_format);
+    free(header->data_file);
     free(header->extensions);
     free(header->bytes);
     *header = (struct qcow2_header){0};
@@ -577,10 +593,6 @@ static int qcow2_header_check_usable(const struct qcow2_header *h, const char *n
 
     if (unknown != 0)
         return qcow2_header_refuse_unknown(h, unknown, node_name, err);
-    if (h->incompatible & QCOW2_INCOMPATIBLE_DATA_FILE)
-        return error_set(err, ENOTSUP,
-                         "node '%s': the image has an external data file, which is not supported",
-                         node_name);
     if (h->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2)
         return error_set(err, ENOTSUP,
                          "node '%s': the image has extended L2 entries (subclusters), which are "
@@ -611,6 +623,12 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
                          "node '%s': the image is marked corrupt: open it with read-only=on, or "
                          "repair it with `cairn check -r all`",
                          node_name);
+    if (qcow2_header_has_data_file(header) && header->snapshot_count)
+        return error_set(
+            err, ENOTSUP,
+            "node '%s': the image has internal snapshots beside an external data file, "
+            "which cannot keep what they hold: open it with read-only=on",
+            node_name);
     return 0;
 }
 

@@ -52,6 +52,8 @@ struct qcow2_header {
 
     char *backing_file;   /* NULL: there is none */
     char *backing_format; /* NULL: the image does not say */
+    char *
+        data_file; /* name of the external data file; NULL: there is none, or the image does not say */
 
     /* Consistent only while `autoclear` says so; checked only then. */
     bool has_bitmaps;
@@ -109,6 +111,18 @@ extern const struct qcow2_feature qcow2_features[];
 const char *qcow2_header_feature_name(const struct qcow2_header *header,
                                       enum qcow2_feature_type type, unsigned bit,
                                       char buf[QCOW2_FEATURE_NAME_LEN + 1]);
+
+static inline bool qcow2_header_has_data_file(const struct qcow2_header *header)
+{
+    return header->incompatible & QCOW2_INCOMPATIBLE_DATA_FILE;
+}
+
+/* Does the data file hold what the disk shows, so that it can be read without the image? */
+static inline bool qcow2_header_data_is_raw(const struct qcow2_header *header)
+{
+    return qcow2_header_has_data_file(header) && header->autoclear & QCOW2_AUTOCLEAR_RAW_DATA &&
+           !header->backing_file;
+}
 
 static inline uint64_t qcow2_header_cluster_size(const struct qcow2_header *header)
 {

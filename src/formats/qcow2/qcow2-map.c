@@ -319,33 +319,54 @@ uint64_t qcow2_entry(const struct qcow2 *q, const struct qcow2_slice *s, uint64_
     return atomic_get_acquire(&s->entries[guest_cluster & (qcow2_slice_entries(q) - 1)]);
 }
 
-int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret,
-                     uint64_t *ret_host)
+/* Can a guest cluster lie there? */
+static bool can_lie(const struct qcow2 *q, uint64_t guest_cluster, uint64_t host)
+{
+    if (unlikely(qcow2_has_data_file(q)))
+        return host == guest_cluster << q->cluster_bits;
+    return qcow2_is_cluster(q, host);
+}
+
+/* In a data file the first cluster lies at 0, and its flag says that it is there. */
+static bool has_place(const struct qcow2 *q, uint64_t entry)
+{
+    return entry & QCOW2_L2_OFFSET_MASK || (qcow2_has_data_file(q) && entry & QCOW2_COPIED);
+}
+
+int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry,
+                     enum qcow2_entry_kind *ret, uint64_t *ret_host)
 {
     uint64_t reserved = QCOW2_L2_RESERVED_MASK | (q->version < 3 ? QCOW2_L2_ZERO : 0);
 
-    *ret_host = 0;
-    if (likely((entry & ~QCOW2_L2_OFFSET_MASK) == QCOW2_COPIED && (entry & QCOW2_L2_OFFSET_MASK))) {
+    *ret_host = QCOW2_NOWHERE;
+    if (likely((entry & ~QCOW2_L2_OFFSET_MASK) == QCOW2_COPIED && has_place(q, entry))) {
         *ret = QCOW2_ENTRY_DATA;
     } else if (entry & QCOW2_L2_COMPRESSED) {
         *ret = QCOW2_ENTRY_COMPRESSED;
+        if (qcow2_has_data_file(q))
+            return qcow2_damaged(q, "it has compressed clusters beside an external data file");
         return 0;
     } else if (entry & reserved) {
         return qcow2_damaged(q, "an L2 entry has reserved bits set: %#" PRIx64, entry);
     } else if (entry & QCOW2_L2_ZERO) {
         *ret = QCOW2_ENTRY_ZERO;
     } else {
-        *ret = entry & QCOW2_L2_OFFSET_MASK ? QCOW2_ENTRY_DATA : QCOW2_ENTRY_BELOW;
+        *ret = has_place(q, entry) ? QCOW2_ENTRY_DATA : QCOW2_ENTRY_BELOW;
     }
+    if (!has_place(q, entry))
+        return 0;
     *ret_host = entry & QCOW2_L2_OFFSET_MASK;
-    if (unlikely(*ret_host && !qcow2_is_cluster(q, *ret_host)))
-        return qcow2_damaged(q, "an L2 entry points to %" PRIu64 ", where no cluster can be",
-                             *ret_host);
+    if (unlikely(!can_lie(q, guest_cluster, *ret_host)))
+        return qcow2_damaged(q,
+                             "the L2 entry of guest cluster %" PRIu64 " points to %" PRIu64
+                             ", where it cannot be",
+                             guest_cluster, *ret_host);
     return 0;
 }
 
 /* Does the next cluster continue what the mapping says? */
-static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t entry, bool for_writing)
+static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t guest_cluster,
+                      uint64_t entry, bool for_writing)
 {
     uint64_t copied = for_writing ? QCOW2_COPIED : entry & QCOW2_COPIED;
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
@@ -354,9 +375,10 @@ static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t entry, 
     switch (m->kind) {
     case MAPPING_DATA:
         return entry == (((m->host_offset + m->len) | copied)) && /* no other bit is set */
-               qcow2_is_cluster(q, entry & QCOW2_L2_OFFSET_MASK);
+               can_lie(q, guest_cluster, entry & QCOW2_L2_OFFSET_MASK);
     case MAPPING_ZERO:
-        return qcow2_entry_kind(q, entry, &kind, &host) == 0 && kind == QCOW2_ENTRY_ZERO;
+        return qcow2_entry_kind(q, guest_cluster, entry, &kind, &host) == 0 &&
+               kind == QCOW2_ENTRY_ZERO;
     case MAPPING_BELOW:
         return !entry;
     case MAPPING_ENCODED:
@@ -390,13 +412,15 @@ static enum mapping_kind mapping_of(enum qcow2_entry_kind kind)
     return kinds[kind];
 }
 
-static int map_entry(struct qcow2 *q, uint64_t entry, uint64_t in_cluster, struct mapping *ret)
+static int map_entry(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry, uint64_t in_cluster,
+                     struct mapping *ret)
 {
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
     uint64_t host;
-    int r = qcow2_entry_kind(q, entry, &kind, &host);
+    int r = qcow2_entry_kind(q, guest_cluster, entry, &kind, &host);
 
     ret->kind = mapping_of(kind);
+    ret->host = q->data;
     ret->host_offset = kind == QCOW2_ENTRY_COMPRESSED ? entry : host + in_cluster;
     ret->len = qcow2_cluster_size(q) - in_cluster;
     return r;
@@ -442,11 +466,11 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
     if (unlikely(unsure) && may_be_lost(q, s, cluster))
         return -EIO;
     entry = qcow2_entry(q, s, cluster);
-    r = map_entry(q, entry, offset & (qcow2_cluster_size(q) - 1), ret);
+    r = map_entry(q, cluster, entry, offset & (qcow2_cluster_size(q) - 1), ret);
     if (for_writing && !(entry & QCOW2_COPIED))
         ret->kind = MAPPING_BELOW;
     while (r == 0 && !unsure && ret->len < len && ++cluster < slice_end &&
-           continues(q, ret, qcow2_entry(q, s, cluster), for_writing))
+           continues(q, ret, cluster, qcow2_entry(q, s, cluster), for_writing))
         ret->len += qcow2_cluster_size(q);
     ret->len = MIN(ret->len, len);
     return r;

@@ -144,10 +144,14 @@ static int co_fn grow_disk(struct qcow2 *q, struct request *req, uint64_t size)
         return -EFBIG;
     if (entries > q->map.l1_size)
         r = move_l1(q, req, entries);
+    if (r == 0)
+        r = qcow2_data_grow(q, req, old, size);
     if (r < 0)
         return r;
     node_set_size(q->node, size);
     r = clear_new(q, req, old, size);
+    if (r == 0 && q->data_raw)
+        r = qcow2_map_ahead(q, req, old, size); /* DATA-3 */
     if (r == 0)
         r = qcow2_co_flush(q->node, &flush);
     if (r == 0)
@@ -168,6 +172,7 @@ static int co_fn shrink_disk(struct qcow2 *q, const struct request *req, uint64_
     node_set_size(q->node, size);
     (void)qcow2_clear(q, req, align_up(size, unit) >> q->cluster_bits,
                       align_up(old, unit) >> q->cluster_bits, QCOW2_DISCARD);
+    qcow2_data_shrink(q, req, size);
     return 0; /* what could not be given back stays, out of sight */
 }
 

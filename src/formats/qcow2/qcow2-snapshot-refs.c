@@ -143,13 +143,13 @@ static int tally_entry(struct snap *s, struct qcow2_counts *c, uint64_t entry)
     uint64_t len = qcow2_cluster_size(s->q);
     uint64_t host;
 
-    if (qcow2_entry_kind(s->q, entry, &kind, &host) < 0)
+    if (qcow2_entry_kind(s->q, 0, entry, &kind, &host) < 0) /* it has no data file */
         return snap_damaged(s, "an L2 entry points to", entry & QCOW2_L2_OFFSET_MASK);
     if (kind == QCOW2_ENTRY_COMPRESSED)
         qcow2_compressed_place(s->q, entry, &host, &len);
     if (kind == QCOW2_ENTRY_COMPRESSED && (!host || !range_within(host, len, size)))
         return snap_damaged(s, "no compressed data can lie at", host);
-    return host ? snap_tally(s, c, host, len) : 0;
+    return host != QCOW2_NOWHERE ? snap_tally(s, c, host, len) : 0;
 }
 
 static int tally_l2(struct snap *s, uint8_t *table, void *arg)

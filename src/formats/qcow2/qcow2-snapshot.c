@@ -646,6 +646,11 @@ static int co_fn begin(struct snap *s, struct backend *b)
     s->q = node_state(node);
     if (!s->q->writable)
         return error_set(s->err, EROFS, "the image is open for reading only");
+    if (qcow2_has_data_file(s->q))
+        return error_set(
+            s->err, ENOTSUP,
+            "images with an external data file have no snapshots: a data file cannot keep "
+            "what was there before");
     r = quiesce(s);
     return r < 0 ? r : read_table(s);
 }

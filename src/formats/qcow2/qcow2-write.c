@@ -6,7 +6,8 @@
  * WRITE-2 Whoever changes a mapping holds the guest range: he looks again when he has it, writes the data first, and then
  *         publishes the mapping. Until then readers find the old one.
  * WRITE-3 The cluster that a mapping no longer points to goes through the flush and the epoch before it is touched (Q1). One
- *         that stays with its mapping, but reads as zeroes, is only touched after an epoch.
+ *         that stays its guest cluster's without being mapped to, as it reads as zeroes or lies in a data file, is only touched
+ *         after an epoch.
  */
 #include "base/alloc.h"
 #include "base/atomic.h"
@@ -47,9 +48,10 @@ static int co_fn write_in_place(struct qcow2 *q, struct request *req, uint64_t d
         if (map.len < req->len)
             *ret_len = request_slice(&piece, req, done, map.len, iov, PIECE_IOV);
         piece.flags &= ~(unsigned)REQUEST_FUA; /* the core flushes: the mapping counts, too */
-        r = qcow2_guard_write(q, req, 0, map.host_offset, *ret_len);
+        if (likely(!qcow2_has_data_file(q)))
+            r = qcow2_guard_write(q, req, 0, map.host_offset, *ret_len);
         if (likely(r == 0))
-            r = edge_co_request_at(q->file, &piece, map.host_offset);
+            r = edge_co_request_at(q->data, &piece, map.host_offset);
     }
     epoch_leave(slot, phase);
     return r;
@@ -63,7 +65,7 @@ struct placing {
     uint64_t cluster;          /* the first guest cluster */
     uint64_t count;
     bool was_zero; /* they read as zeroes: so does what is not written */
-    bool reuses;   /* they keep the host cluster that they have */
+    bool reuses;   /* they keep the host clusters that they have */
     struct qcow2_run
         *replaces; /* what they have is shared or compressed, and is freed then; or NULL */
     struct qcow2_extent at;
@@ -82,18 +84,45 @@ static struct qcow2_run *new_run(uint64_t first, uint64_t count, bool shared)
     return run;
 }
 
-/* The host clusters that an entry uses, to be freed when it is gone. NULL without memory. */
-static struct qcow2_run *run_of(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind,
-                                uint64_t host)
+/* The host clusters that an entry uses, to be freed when it is gone: NULL if there are none. */
+static int run_of(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind, uint64_t host,
+                  struct qcow2_run **ret)
 {
     uint64_t first;
     uint64_t len;
 
-    if (kind != QCOW2_ENTRY_COMPRESSED)
-        return new_run(host >> q->cluster_bits, 1, !(entry & QCOW2_COPIED));
-    qcow2_compressed_place(q, entry, &host, &len);
-    first = host >> q->cluster_bits;
-    return new_run(first, ((host + len - 1) >> q->cluster_bits) - first + 1, true);
+    *ret = NULL;
+    if (kind == QCOW2_ENTRY_COMPRESSED) {
+        qcow2_compressed_place(q, entry, &host, &len);
+        first = host >> q->cluster_bits;
+        *ret = new_run(first, ((host + len - 1) >> q->cluster_bits) - first + 1, true);
+    } else if (host == QCOW2_NOWHERE || qcow2_has_data_file(q)) {
+        return 0;
+    } else {
+        *ret = new_run(host >> q->cluster_bits, 1, !(entry & QCOW2_COPIED));
+    }
+    return *ret ? 0 : -ENOMEM;
+}
+
+/* WRITE-3: waits until nobody who looked up earlier writes to places that mappings have left. */
+static int co_fn wait_for_left(struct qcow2 *q)
+{
+    uint64_t left;
+    bool passed;
+    int r;
+
+    tiny_lock_acquire(&q->lock);
+    left = q->left_in_place;
+    passed = q->left_passed == left;
+    tiny_lock_release(&q->lock);
+    if (passed)
+        return 0;
+    r = epoch_co_pass(node_epoch(q->node));
+    tiny_lock_acquire(&q->lock);
+    if (r == 0)
+        q->left_passed = MAX(q->left_passed, left);
+    tiny_lock_release(&q->lock);
+    return r;
 }
 
 /* One cluster, which keeps its content elsewhere until the new place has it. */
@@ -102,8 +131,7 @@ static int replace_first(struct qcow2 *q, struct placing *p, uint64_t entry,
 {
     p->count = 1;
     p->was_zero = kind == QCOW2_ENTRY_ZERO;
-    p->replaces = run_of(q, entry, kind, host);
-    return p->replaces ? 0 : -ENOMEM;
+    return run_of(q, entry, kind, host, &p->replaces);
 }
 
 /* Of a cluster that a mapping points to. */
@@ -122,8 +150,8 @@ static int co_fn count_uses(struct qcow2 *q, const struct request *req, uint64_t
 static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, struct placing *p,
                                 uint64_t entry, uint64_t host)
 {
-    uint64_t refcount;
-    int r = count_uses(q, req, host, &refcount);
+    uint64_t refcount = 1;
+    int r = qcow2_has_data_file(q) ? 0 : count_uses(q, req, host, &refcount);
 
     if (r < 0)
         return r;
@@ -140,8 +168,8 @@ static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, stru
 static int co_fn look_at_zeroes(struct qcow2 *q, const struct request *req, struct placing *p,
                                 uint64_t entry, uint64_t host)
 {
-    uint64_t refcount;
-    int r = count_uses(q, req, host, &refcount);
+    uint64_t refcount = 1;
+    int r = qcow2_has_data_file(q) ? 0 : count_uses(q, req, host, &refcount);
 
     if (r < 0)
         return r;
@@ -160,7 +188,7 @@ static int co_fn look_at_first(struct qcow2 *q, const struct request *req, struc
     uint64_t entry = qcow2_entry(q, p->slice, p->cluster);
     enum qcow2_entry_kind kind;
     uint64_t host;
-    int r = qcow2_entry_kind(q, entry, &kind, &host);
+    int r = qcow2_entry_kind(q, p->cluster, entry, &kind, &host);
 
     if (r < 0)
         return r;
@@ -170,7 +198,7 @@ static int co_fn look_at_first(struct qcow2 *q, const struct request *req, struc
         p->count = 0; /* somebody was faster */
     } else if (kind == QCOW2_ENTRY_DATA) {
         r = look_at_shared(q, req, p, entry, host);
-    } else if (host) {
+    } else if (host != QCOW2_NOWHERE) {
         r = look_at_zeroes(q, req, p, entry, host);
     } else {
         return 0;
@@ -192,22 +220,36 @@ static int co_fn look_again(struct qcow2 *q, const struct request *req, struct p
         uint64_t host;
         bool zero;
 
-        if (qcow2_entry_kind(q, entry, &kind, &host) < 0)
+        if (qcow2_entry_kind(q, p->cluster + p->count, entry, &kind, &host) < 0)
             break; /* its own request tells */
         zero = kind == QCOW2_ENTRY_ZERO;
-        if (host || (!zero && kind != QCOW2_ENTRY_BELOW) || (p->count && zero != p->was_zero))
+        if (host != QCOW2_NOWHERE || (!zero && kind != QCOW2_ENTRY_BELOW) ||
+            (p->count && zero != p->was_zero))
             break;
         p->was_zero = zero;
     }
     return 0;
 }
 
+int qcow2_place_get(struct qcow2 *q, const struct request *by, uint64_t guest_cluster,
+                    uint64_t count, struct qcow2_extent *ret)
+{
+    if (!qcow2_has_data_file(q))
+        return qcow2_alloc_get(q, by, count, ret);
+    /* What is there may be anything: left from before, or by a crash. */
+    *ret = (struct qcow2_extent){.host_offset = guest_cluster << q->cluster_bits, .count = count};
+    return wait_for_left(q);
+}
+
+void qcow2_place_put(struct qcow2 *q, const struct qcow2_extent *at)
+{
+    if (!qcow2_has_data_file(q))
+        qcow2_alloc_put(q, at->host_offset, at->count);
+}
+
 static int co_fn choose_place(struct qcow2 *q, const struct request *req, struct placing *p)
 {
-    if (!p->reuses)
-        return qcow2_alloc_get(q, req, p->count, &p->at);
-    /* WRITE-3. Nobody has touched it since the image was opened, unless there were such zeroes. */
-    return atomic_get(&q->zeroed_in_place) ? epoch_co_pass(node_epoch(q->node)) : 0;
+    return p->reuses ? wait_for_left(q) : qcow2_place_get(q, req, p->cluster, p->count, &p->at);
 }
 
 /* What a part of the clusters held before, which the request does not write. */
@@ -229,12 +271,22 @@ static int co_fn read_old(struct qcow2 *q, const struct request *req, const stru
     return inside ? chain_co_read(q->node, &old) : 0; /* what is published still */
 }
 
-/* Whole clusters: what was there before, with the request's data over it. */
+/* How much of the clusters is written at most. */
+static uint64_t placing_bytes(const struct qcow2 *q, const struct placing *p)
+{
+    uint64_t bytes = p->count << q->cluster_bits;
+    uint64_t start = p->cluster << q->cluster_bits;
+
+    /* DATA-1 */
+    return qcow2_has_data_file(q) ? MIN(bytes, node_size(q->node) - start) : bytes;
+}
+
+/* All of that: what was there before, with the request's data over it. */
 static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const struct placing *p,
                              uint64_t done, uint64_t len)
 {
     uint64_t start = p->cluster << q->cluster_bits;
-    uint64_t bytes = p->count << q->cluster_bits;
+    uint64_t bytes = placing_bytes(q, p);
     uint64_t head = req->offset + done - start;
     uint64_t tail = bytes - head - len;
     struct iobuf *b = iobuf_new((size_t)bytes);
@@ -252,7 +304,7 @@ static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const s
         write.iov = &iov;
         write.iov_count = 1;
         write.hold = b;
-        r = edge_co_request(q->file, &write);
+        r = edge_co_request(q->data, &write);
     }
     iobuf_unref(b);
     return r;
@@ -262,7 +314,7 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
                             uint64_t done, uint64_t len)
 {
     uint64_t head = (req->offset + done) & (qcow2_cluster_size(q) - 1);
-    bool whole = !head && len == p->count << q->cluster_bits;
+    bool whole = !head && len == placing_bytes(q, p);
     struct iovec iov[PIECE_IOV];
     struct request piece = *req;
 
@@ -271,7 +323,7 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
     piece.flags &= ~(unsigned)REQUEST_FUA;
     if (len < req->len && request_slice(&piece, req, done, len, iov, PIECE_IOV) < len)
         return write_mixed(q, req, p, done, len); /* more vectors than fit */
-    return edge_co_request_at(q->file, &piece, p->at.host_offset + head);
+    return edge_co_request_at(q->data, &piece, p->at.host_offset + head);
 }
 
 /* WRITE-2. What pointed to zeroes may point to fresh space before the data is there: it reads the same. */
@@ -318,7 +370,7 @@ static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing
     if (r == 0)
         publish(q, p);
     else if (!p->reuses)
-        qcow2_alloc_put(q, p->at.host_offset, p->at.count);
+        qcow2_place_put(q, &p->at);
     return r;
 }
 
@@ -389,7 +441,7 @@ int qcow2_co_write(struct node *node, struct request *req)
     struct qcow2 *q = node_state(node);
 
     if (unlikely(req->flags & REQUEST_COMPRESSED))
-        return qcow2_write_compressed(q, req);
+        return qcow2_has_data_file(q) ? -EOPNOTSUPP : qcow2_write_compressed(q, req);
     return write_all(q, req);
 }
 
@@ -399,15 +451,12 @@ int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, uint
     struct qcow2_run *run = NULL;
     enum qcow2_entry_kind kind;
     uint64_t host;
-    int r = qcow2_entry_kind(q, entry, &kind, &host);
+    int r = qcow2_entry_kind(q, cluster, entry, &kind, &host);
 
+    if (r == 0)
+        r = run_of(q, entry, kind, host, &run);
     if (r < 0)
         return r;
-    if (host || kind == QCOW2_ENTRY_COMPRESSED) {
-        run = run_of(q, entry, kind, host);
-        if (!run)
-            return -ENOMEM;
-    }
     tiny_lock_acquire(&q->lock);
     qcow2_entry_set_locked(q, s, cluster, becomes, true);
     if (run) {
@@ -432,9 +481,10 @@ static uint64_t cleared_entry(const struct qcow2 *q, uint64_t entry, enum qcow2_
                               uint64_t host, enum qcow2_clearing how, bool *ret_frees)
 {
     bool zero_is_none = unmapped_is_zero(q);
+    bool placed = host != QCOW2_NOWHERE;
 
-    *ret_frees = kind == QCOW2_ENTRY_COMPRESSED || (host && how != QCOW2_ZERO);
-    if (how == QCOW2_ZERO && host)
+    *ret_frees = kind == QCOW2_ENTRY_COMPRESSED || (placed && how != QCOW2_ZERO);
+    if (how == QCOW2_ZERO && placed)
         return entry | QCOW2_L2_ZERO;
     if (!*ret_frees && (kind == QCOW2_ENTRY_ZERO || how == QCOW2_DISCARD || zero_is_none))
         return entry;
@@ -448,6 +498,7 @@ static bool can_clear(const struct qcow2 *q, enum qcow2_clearing how)
     return q->version >= 3 || (unmapped_is_zero(q) && how != QCOW2_ZERO);
 }
 
+/* 1: its place in the data file is not mapped any more. */
 static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster,
                          enum qcow2_clearing how)
 {
@@ -457,28 +508,55 @@ static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluste
     uint64_t becomes;
     uint64_t host;
     bool frees;
-    int r = qcow2_entry_kind(q, entry, &kind, &host);
+    int r = qcow2_entry_kind(q, cluster, entry, &kind, &host);
 
     if (r < 0)
         return r;
     becomes = cleared_entry(q, entry, kind, host, how, &frees);
     if (becomes == entry)
         return 0;
-    if (frees) {
-        run = run_of(q, entry, kind, host);
-        if (!run)
-            return -ENOMEM;
-    }
-    if (how == QCOW2_ZERO && host)
-        atomic_set(&q->zeroed_in_place, true);
+    r = frees ? run_of(q, entry, kind, host, &run) : 0;
+    if (r < 0)
+        return r;
     tiny_lock_acquire(&q->lock);
     qcow2_entry_set_locked(q, s, cluster, becomes, false);
+    q->left_in_place += host != QCOW2_NOWHERE && !run; /* WRITE-3 */
     if (run) {
         qcow2_plain_forget_locked(q);
         qcow2_free_locked(q, run);
     }
     tiny_lock_release(&q->lock);
-    return 0;
+    return frees && !run;
+}
+
+/* Clusters whose places in the data file are free: the host may have them. */
+struct left_places {
+    uint64_t first;
+    uint64_t count;
+};
+
+static int co_fn give_back_left(struct qcow2 *q, const struct request *req, struct left_places *l)
+{
+    int r = l->count ? qcow2_data_discard(q, req, l->first, l->count) : 0;
+
+    l->count = 0;
+    return r;
+}
+
+static int co_fn clear_clusters(struct qcow2 *q, const struct request *req, struct qcow2_slice *s,
+                                uint64_t first, uint64_t count, enum qcow2_clearing how)
+{
+    struct left_places left = {.count = 0};
+    int r = 0;
+
+    for (uint64_t c = first; r >= 0 && c < first + count; c++) {
+        r = clear_cluster(q, s, c, how);
+        if (r == 1 && !left.count++)
+            left.first = c;
+        else if (r == 0)
+            r = give_back_left(q, req, &left);
+    }
+    return r < 0 ? r : give_back_left(q, req, &left);
 }
 
 /* Does nothing have to be noted for clusters without an L2 table? */
@@ -499,8 +577,8 @@ static int co_fn clear_piece(struct qcow2 *q, const struct request *req, uint64_
     if (r < 0)
         return r;
     r = qcow2_slice_pin(q, req, first, !skips_unmapped(q, how), &s);
-    for (uint64_t i = 0; r == 0 && s && i < count; i++)
-        r = clear_cluster(q, s, first + i, how);
+    if (r == 0 && s)
+        r = clear_clusters(q, req, s, first, count, how);
     chain_changed(q->node, first << q->cluster_bits, count << q->cluster_bits);
     if (s)
         qcow2_slice_unpin(q, s);
@@ -547,6 +625,8 @@ int qcow2_co_discard(struct node *node, struct request *req)
     uint64_t first;
     uint64_t end;
 
+    if (q->data_raw)
+        return qcow2_data_pass_on(q, req);
     whole_clusters(q, req, &first, &end);
     return can_clear(q, QCOW2_DISCARD) ? qcow2_clear(q, req, first, end, QCOW2_DISCARD) : 0;
 }
@@ -590,6 +670,8 @@ int qcow2_co_write_zeroes(struct node *node, struct request *req)
     uint64_t end;
     int r;
 
+    if (q->data_raw)
+        return qcow2_data_pass_on(q, req);
     if (!can_clear(q, how))
         return -EOPNOTSUPP;
     whole_clusters(q, req, &first, &end);

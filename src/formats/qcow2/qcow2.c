@@ -72,14 +72,19 @@ int qcow2_write_mark(struct qcow2 *q, const struct request *by, struct iobuf *b)
     return write_resolved(q, by, QCOW2_OFFSET_INCOMPATIBLE, b, 0, 8);
 }
 
-int qcow2_sync(struct qcow2 *q, const struct request *by)
+int qcow2_sync_edge(struct qcow2 *q, struct edge *e, const struct request *by)
 {
     struct request req = request_for(by, REQUEST_FLUSH, 0, 0);
-    int r = edge_co_request(q->file, &req);
+    int r = edge_co_request(e, &req);
 
     if (unlikely(r < 0) && r != -ECANCELED && r != -ERESTART && r != -ETIMEDOUT)
         atomic_set(&q->sync_failed, true);
     return r;
+}
+
+int qcow2_sync(struct qcow2 *q, const struct request *by)
+{
+    return qcow2_sync_edge(q, q->file, by);
 }
 
 bool qcow2_is_cluster(const struct qcow2 *q, uint64_t host_offset)
@@ -138,8 +143,9 @@ static int co_fn repair_if_dirty(struct qcow2 *q, const struct request *by,
 static int co_fn clear_autoclear(struct qcow2 *q, const struct request *by,
                                  const struct qcow2_header *header, struct error **err)
 {
-    uint64_t kept =
-        header->autoclear & (qcow2_header_autoclear_kept() | qcow2_bitmaps_autoclear_kept(q));
+    uint64_t ours = qcow2_header_autoclear_kept() | qcow2_bitmaps_autoclear_kept(q) |
+                    (q->data_raw ? QCOW2_AUTOCLEAR_RAW_DATA : 0);
+    uint64_t kept = header->autoclear & ours;
     struct iobuf *b;
     int r;
 
@@ -173,6 +179,18 @@ static int co_fn complete_last_cluster(struct qcow2 *q, const struct request *by
                  : 0;
 }
 
+static int co_fn fit_data(struct qcow2 *q, const struct request *by, struct error **err)
+{
+    int r = qcow2_data_fit(q, by, node_size(q->node));
+
+    return r < 0 ? error_set(err, -r,
+                             "node '%s': its data file has %" PRIu64 " bytes, the disk %" PRIu64
+                             ", and it cannot be made larger: %s",
+                             node_name(q->node), node_size(edge_node(q->data)), node_size(q->node),
+                             strerror(-r))
+                 : 0;
+}
+
 static int want_backing(struct qcow2 *q, const struct qcow2_options *opt,
                         const struct qcow2_header *header, struct error **err)
 {
@@ -192,6 +210,7 @@ static void init_empty(struct qcow2 *q, struct node *node)
 {
     q->node = node;
     q->file = node_file(node);
+    q->data = q->file;
     q->writable = !node_settings(node)->read_only;
     overlap_init(&q->ranges);
     co_mutex_init(&q->alloc.lock);
@@ -216,7 +235,7 @@ static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
     q->compression_type = header->compression_type;
     q->names_backing = header->backing_file;
     node_set_size(q->node, header->size);
-    node_set_preferred_alignment(q->node, node_preferred_alignment(edge_node(q->file)));
+    node_set_preferred_alignment(q->node, node_preferred_alignment(edge_node(q->data)));
 }
 
 /* What the image holds now is not looked at. */
@@ -254,6 +273,8 @@ static int co_fn open_tables(struct qcow2 *q, const struct request *by,
         r = clear_autoclear(q, by, header, err);
     if (r == 0)
         r = complete_last_cluster(q, by, err);
+    if (r == 0)
+        r = fit_data(q, by, err);
     return r < 0 ? r : qcow2_bitmaps_co_mark(q, by, err);
 }
 
@@ -284,6 +305,8 @@ static int co_fn control_fn qcow2_co_open(struct node *node, const void *options
         r = qcow2_header_check_supported(&header, !q->writable, node_name(node), err);
     if (r == 0)
         r = want_backing(q, opt, &header, err);
+    if (r == 0)
+        r = qcow2_data_open(q, &header, err);
     if (r == 0) {
         set_geometry(q, &header);
         r = open_tables(q, &by, &header, opt, err);
@@ -331,7 +354,8 @@ static unsigned qcow2_unresolved(const struct node *node)
 {
     const struct qcow2 *q = node_state(node);
 
-    return q->writable && node_has_unresolved(edge_node(q->file));
+    return q->writable &&
+           (node_has_unresolved(edge_node(q->file)) || node_has_unresolved(edge_node(q->data)));
 }
 
 static const char *qcow2_filename(const struct node *node)
@@ -345,9 +369,12 @@ static uint64_t qcow2_allocated_bytes(const struct node *node)
 {
     const struct qcow2 *q = node_state(node);
     uint64_t bytes = 0;
+    uint64_t data = 0;
 
     (void)node_allocated_bytes(edge_node(q->file), &bytes);
-    return bytes;
+    if (qcow2_has_data_file(q))
+        (void)node_allocated_bytes(edge_node(q->data), &data);
+    return bytes + data;
 }
 
 static uint64_t qcow2_cluster_bytes(const struct node *node)

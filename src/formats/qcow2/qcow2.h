@@ -7,6 +7,8 @@
  *   qcow2-write.c     requests that change data: in place, copy-on-write, zeroes, discard
  *   qcow2-alloc.c     host clusters: the pool that writers take from, what is freed
  *   qcow2-grow.c      how the file grows
+ *   qcow2-data.c      external data files
+ *   qcow2-preallocate.c   mapping what nobody has written to yet
  *   qcow2-refcount.c  refcounts on disk
  *   qcow2-flush.c     how changed mappings reach the disk
  *   qcow2-resize.c    the virtual size
@@ -144,7 +146,9 @@ struct qcow2_bitmaps;
 struct qcow2 {
     /* Set in open, then constant. */
     struct node *node;
-    struct edge *file;
+    struct edge *file; /* metadata, and data if there is no other child for it */
+    struct edge *data;
+    bool data_raw; /* the data file holds what the disk shows (DATA-3) */
     unsigned version;
     unsigned cluster_bits;
     unsigned l2_bits;    /* of the number of entries of an L2 table */
@@ -154,16 +158,18 @@ struct qcow2 {
     bool names_backing;        /* the image does, whatever was opened as one */
     bool writable;
 
-    bool zeroed_in_place; /* atomic: clusters read as zeroes that writers may still be writing to */
-    bool sync_failed;     /* atomic: what was not durable then may be gone (FLUSH-6) */
-    bool broken_told;     /* atomic: damage has been told */
-    bool corrupt;         /* atomic: no request succeeds any more (CORRUPT-1) */
-    bool marked;          /* atomic: the image says so, or is being told to */
+    bool sync_failed;  /* atomic: what was not durable then may be gone (FLUSH-6) */
+    bool broken_told;  /* atomic: damage has been told */
+    bool corrupt;      /* atomic: no request succeeds any more (CORRUPT-1) */
+    bool marked;       /* atomic: the image says so, or is being told to */
     bool needs_reopen; /* atomic; D3: the header may say otherwise than we do: no more metadata */
 
     /* Protected by lock. */
     struct qcow2_plain *plain; /* what was decompressed last (COMPRESS-1) */
     uint64_t plain_turn;
+    uint64_t
+        left_in_place;    /* times that a mapping left a place that stays its cluster's (WRITE-3) */
+    uint64_t left_passed; /* readers from before so many of them are gone */
 
     struct overlap ranges; /* guest ranges whose mappings change (Q2) */
     struct tiny_lock lock;
@@ -173,6 +179,11 @@ struct qcow2 {
     struct qcow2_guard guard;
     struct qcow2_bitmaps *bitmaps; /* qcow2-bitmap.h: what the image stores of dirty bitmaps */
 };
+
+static inline bool qcow2_has_data_file(const struct qcow2 *q)
+{
+    return q->data != q->file;
+}
 
 static inline uint64_t qcow2_cluster_size(const struct qcow2 *q)
 {
@@ -186,6 +197,8 @@ int co_fn qcow2_read_meta(struct qcow2 *q, const struct request *by, uint64_t of
 int co_fn qcow2_write_meta(struct qcow2 *q, const struct request *by, uint64_t offset,
                            struct iobuf *b, size_t at, size_t len);
 int co_fn qcow2_sync(struct qcow2 *q, const struct request *by);
+/* The same of any child. */
+int co_fn qcow2_sync_edge(struct qcow2 *q, struct edge *e, const struct request *by);
 /* The mark of a corrupt image, 8 bytes; the only write then. */
 int co_fn qcow2_write_mark(struct qcow2 *q, const struct request *by, struct iobuf *b);
 /* Does a table or cluster that something points to lie in the file, at a cluster's boundary? */
@@ -241,12 +254,15 @@ enum qcow2_entry_kind {
     QCOW2_ENTRY_COMPRESSED,
 };
 
+/* No host cluster: in a data file there is one at 0. */
+#define QCOW2_NOWHERE UINT64_MAX
+
 /*
- * What an L2 entry says. `ret_host`: the cluster, 0 if there is none (of data there is; compressed ones have none). -EIO for
- * one that is damaged.
+ * What the L2 entry of a guest cluster says. `ret_host`: the cluster, or QCOW2_NOWHERE (of data there is one; compressed ones have
+ * none). -EIO for one that is damaged.
  */
-int qcow2_entry_kind(struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind *ret,
-                     uint64_t *ret_host);
+int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry,
+                     enum qcow2_entry_kind *ret, uint64_t *ret_host);
 
 /*
  * The slice that a guest cluster is in, pinned, so that it stays. *ret is NULL if there is no L2 table; with `create` one is made
@@ -374,6 +390,13 @@ int co_fn qcow2_co_write(struct node *node, struct request *req);
 int co_fn qcow2_co_write_zeroes(struct node *node, struct request *req);
 int co_fn qcow2_co_discard(struct node *node, struct request *req);
 
+/*
+ * A place for guest clusters that have none, in the image or in the data file; the caller holds their range. At most `count` of them.
+ */
+int co_fn qcow2_place_get(struct qcow2 *q, const struct request *by, uint64_t guest_cluster,
+                          uint64_t count, struct qcow2_extent *ret);
+/* Nothing ever pointed there. */
+void qcow2_place_put(struct qcow2 *q, const struct qcow2_extent *at);
 /* Bytes [from, to) of a request, as they are. */
 int co_fn qcow2_write_plain(struct qcow2 *q, const struct request *req, uint64_t from, uint64_t to);
 /* The range is held, the slice pinned: from now on the guest cluster is this, and what it had is freed. */
@@ -399,6 +422,33 @@ struct qcow2_snapshot_ref; /* generated */
 /* While the image opens, for reading: the map, which is empty yet, and the size become the snapshot's. -ENOENT, -EIO, ... */
 int co_fn qcow2_snapshot_show(struct qcow2 *q, const struct request *by,
                               const struct qcow2_snapshot_ref *which, struct error **err);
+
+/* ---- qcow2-data.c: all but the first and pass_on do nothing, or 0, where there is no data file ---- */
+
+#define QCOW2_DATA_CHILD "data-file"
+
+struct qcow2_header;
+
+/* Finds the data file, or opens what the image names. */
+int co_fn control_fn qcow2_data_open(struct qcow2 *q, const struct qcow2_header *header,
+                                     struct error **err);
+/* For `size` bytes at least. -ENOSPC where it does not grow. */
+int co_fn qcow2_data_fit(struct qcow2 *q, const struct request *by, uint64_t size);
+/* With the disk, which grows. */
+int co_fn qcow2_data_grow(struct qcow2 *q, const struct request *by, uint64_t from, uint64_t to);
+void co_fn qcow2_data_shrink(struct qcow2 *q, const struct request *by, uint64_t size);
+/* What the guest wrote is durable, if it is not in the image's own file. */
+int co_fn qcow2_sync_data(struct qcow2 *q, const struct request *by);
+/* Guest clusters that are not mapped any more; their ranges are held. */
+int co_fn qcow2_data_discard(struct qcow2 *q, const struct request *by, uint64_t first,
+                             uint64_t count);
+/* With raw data: zeroes and discards, which change no mapping. */
+int co_fn qcow2_data_pass_on(struct qcow2 *q, const struct request *req);
+
+/* ---- qcow2-preallocate.c ---- */
+
+/* As qcow2_co_preallocate(), but for the flush. */
+int co_fn qcow2_map_ahead(struct qcow2 *q, const struct request *by, uint64_t from, uint64_t to);
 
 /* ---- qcow2-resize.c ---- */
 
