@@ -189,6 +189,8 @@ void job_free(struct job *job)
     list_remove(&job->link);
     job_txn_unref(job->txn);
     free(job->error);
+    if (job->ops->release)
+        job->ops->release(job);
     free(job->state);
     free(job->id);
     free(job);

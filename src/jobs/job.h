@@ -52,6 +52,9 @@ struct job_ops {
     /* Lets go of all that the job holds, after either. */
     void (*co_clean)(struct job *job);
 
+    /* Frees what the state holds to the end, when the job is dismissed or discarded; NULL: nothing. */
+    void (*release)(struct job *job);
+
     /* May job-complete be done now? NULL: a job of this kind is never completed. */
     int (*complete)(struct job *job, struct error **err);
     /* The limit, at the start and when it changes; NULL: co_run looks at job_speed(). */

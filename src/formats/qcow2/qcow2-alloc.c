@@ -175,6 +175,17 @@ static void reuse(struct qcow2 *q, struct qcow2_run *run)
     tiny_lock_release(&q->lock);
 }
 
+/* ONLINE-1: something may have pointed there. */
+static void reuse_or_withhold(struct qcow2 *q, struct qcow2_run *run)
+{
+    tiny_lock_acquire(&q->lock);
+    if (q->alloc.online)
+        list_prepend(&q->alloc.graced, &run->link);
+    else
+        reuse_add_locked(q, run);
+    tiny_lock_release(&q->lock);
+}
+
 void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count)
 {
     struct qcow2_run *run = run_new(host_offset >> q->cluster_bits, count);
@@ -183,11 +194,13 @@ void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count)
     if (!run || node_has_unresolved(edge_node(q->file)))
         free(run);
     else
-        reuse(q, run);
+        reuse_or_withhold(q, run);
 }
 
 void qcow2_free_locked(struct qcow2 *q, struct qcow2_run *run)
 {
+    if (q->alloc.online)
+        q->alloc.online->withheld += run->count;
     run_append(&q->alloc.freed, run);
 }
 
@@ -294,11 +307,29 @@ static int co_fn settle_shared(struct qcow2 *q, const struct request *by, struct
     return r;
 }
 
+/* ONLINE-1, ONLINE-2 */
+static bool is_withheld(struct qcow2 *q)
+{
+    const struct qcow2_online *o = q->alloc.online;
+    bool many;
+
+    if (!o)
+        return false;
+    tiny_lock_acquire(&q->lock);
+    many = o->withheld > o->withheld_max;
+    tiny_lock_release(&q->lock);
+    if (many)
+        qcow2_online_break_locked(q, "too much was freed meanwhile");
+    return !many;
+}
+
 static int co_fn settle_locked(struct qcow2 *q, const struct request *by)
 {
     struct qcow2_run *run;
     int r = 0;
 
+    if (is_withheld(q))
+        return 0;
     while (r == 0 && (run = next_graced(q)))
         r = run->shared ? settle_shared(q, by, run) : settle_own(q, by, run);
     return r;
@@ -350,11 +381,13 @@ static int co_fn scan_block(struct qcow2 *q, const struct request *by, struct qc
         return r;
     run = run_new(base + first, n);
     r = run ? qcow2_recount(q, by, base + first, n, 0, 1) : -ENOMEM;
-    if (r < 0)
+    if (r < 0) {
         free(run); /* a leak, if some of it was written */
-    else
-        reuse(q, run);
-    return r;
+        return r;
+    }
+    qcow2_online_counted(q, base + first, n);
+    reuse(q, run);
+    return 0;
 }
 
 static int co_fn scan(struct qcow2 *q, const struct request *by)
@@ -434,6 +467,8 @@ static int co_fn refill_full(struct qcow2 *q, const struct request *by, int full
 {
     int r = scan_all(q, by);
 
+    if (r == 0 && pool_is_empty(q))
+        qcow2_online_break_locked(q, "what was freed meanwhile is needed"); /* ONLINE-2 */
     if (r == 0 && pool_is_empty(q) && any_freed(q)) {
         r = settle_now(q, by);
         if (r == 0 && pool_is_empty(q))

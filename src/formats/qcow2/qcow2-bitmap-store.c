@@ -92,6 +92,7 @@ static int co_fn undo_steps(struct qcow2 *q, const struct request *by,
 {
     int r = 0;
 
+    qcow2_online_break(q, "a bitmap that the image stores has changed");
     while (r == 0 && count) {
         const struct qcow2_header_step *step = &steps->v[--count];
         struct iobuf *b = iobuf_new(step->len);
@@ -131,6 +132,7 @@ static int co_fn do_step(struct qcow2 *q, const struct request *by,
 /* STORED-3. After an error nothing has changed, or the node needs to be opened again. */
 static int co_fn do_steps(struct storing *s)
 {
+    qcow2_online_break(s->q, "a bitmap that the image stores has changed");
     for (unsigned i = 0; i < s->steps->count; i++) {
         int r = do_step(s->q, s->by, &s->steps->v[i]);
 

@@ -19,6 +19,9 @@
 #include "formats/qcow2/qcow2-counts.h"
 #include "formats/qcow2/qcow2-header.h"
 #include "loop/iobuf.h"
+#include "loop/lock.h"
+
+struct qcow2;
 
 #define CHECK_PIECE ((size_t)1 << 20) /* the most that one read of metadata carries */
 
@@ -40,6 +43,27 @@ struct check_snapshot {
     bool incomplete; /* version 3: it does not say the size of the disk */
 };
 
+/* An entry that the refcounts, as they were first read, contradict. */
+struct check_suspect {
+    uint64_t cluster;
+    uint64_t entry;
+    uint64_t l1_index; /* or CHECK_OF_L2 */
+};
+
+#define CHECK_OF_L2 UINT64_MAX
+
+/* What a check of an image in use has beyond others. */
+struct check_online {
+    struct backend *backend; /* of the image's node: each read has its pass */
+    struct edge *file;
+    struct qcow2 *q;       /* NULL: the node is read only */
+    struct co_mutex *lock; /* no table that is read changes under it; or NULL */
+    bool settled;          /* refcounts are as they are in the end */
+    struct check_suspect *suspects;
+    size_t suspect_count;
+    size_t suspect_max;
+};
+
 struct check {
     const struct qcow2_check_options *options;
     /* One of the two. */
@@ -47,7 +71,8 @@ struct check {
     struct edge *edge;
     const struct request *by;
     const char *name;
-    bool quiet; /* a round in between, which tells nobody */
+    bool quiet;                  /* a round in between, which tells nobody */
+    struct check_online *online; /* of an image in use; else NULL */
 
     struct qcow2_header h;
     uint64_t file_size;
@@ -127,9 +152,21 @@ int check_refer_meta(struct check *x, uint64_t offset, uint64_t len, uint64_t ti
 int check_refer_data(struct check *x, uint64_t offset, uint64_t len, uint64_t times,
                      enum check_reference *ret);
 
+/* The steps of a round. */
+int co_fn check_read_header(struct check *x, struct error **err);
+int co_fn check_load_table(struct check *x);
+int co_fn check_load_blocks(struct check *x); /* what x->table points to */
+int co_fn check_refer_early(struct check *x); /* all that comes before the refcount structure */
+int check_refer_refcounts(struct check *x);
+int check_compare(struct check *x);
+/* Why it failed; an error is set. */
+int check_failed(struct check *x, int r, struct error **err);
+
 /* ---- qcow2-check-io.c: 0, or a negative errno ---- */
 
 uint64_t check_file_size(const struct check *x);
+/* The same as it was when the round began, unless the image is in use. */
+uint64_t check_known_size(const struct check *x);
 /* Beyond the end of the file there are zeroes. */
 int co_fn check_read(struct check *x, uint64_t offset, struct iobuf *b, size_t len);
 int co_fn check_read_flat(struct check *x, uint64_t offset, void *ret, size_t len);
@@ -160,6 +197,9 @@ void check_compressed_place(const struct check *x, uint64_t entry, uint64_t *ret
 bool check_is_aligned(const struct check *x, uint64_t offset);
 /* Where the tables begin that a check has found; NULL if it is none. */
 const struct check_l2 *check_l2_find(const struct check *x, uint64_t offset);
+
+/* The flag "copied" of an entry of the active tables against the refcount of where it points to. */
+int check_copied(struct check *x, uint64_t l1_index, uint64_t entry, uint64_t cluster);
 
 /* ---- qcow2-repair.c ---- */
 

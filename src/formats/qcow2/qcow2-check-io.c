@@ -10,11 +10,39 @@
 
 static struct node *file_node(const struct check *x)
 {
+    if (x->online)
+        return edge_node(x->online->file);
     return x->backend ? backend_node(x->backend) : edge_node(x->edge);
+}
+
+/* Not while what it reads is written. Enters before it locks, or a drain would wait for both (G1). */
+static int co_fn send_online(struct check_online *o, struct request *req)
+{
+    int r;
+
+    do {
+        struct pass pass = {0};
+
+        r = backend_co_enter(o->backend, &pass);
+        if (r < 0)
+            return r;
+        if (o->lock)
+            r = co_mutex_lock_until(o->lock, LOOP_FOREVER);
+        if (r == 0) {
+            req->pass = &pass;
+            r = edge_co_request(o->file, req);
+            if (o->lock)
+                co_mutex_unlock(o->lock);
+        }
+        backend_leave(o->backend, &pass);
+    } while (r == -ERESTART);
+    return r;
 }
 
 static int co_fn send(struct check *x, struct request *req)
 {
+    if (x->online)
+        return send_online(x->online, req);
     if (x->backend)
         return backend_co_request(x->backend, req);
     req->pass = x->by->pass;
@@ -37,9 +65,15 @@ uint64_t check_file_size(const struct check *x)
     return node_size(file_node(x));
 }
 
+uint64_t check_known_size(const struct check *x)
+{
+    return x->online ? check_file_size(x) : x->file_size;
+}
+
 int check_read(struct check *x, uint64_t offset, struct iobuf *b, size_t len)
 {
-    size_t inside = offset < x->file_size ? (size_t)MIN((uint64_t)len, x->file_size - offset) : 0;
+    uint64_t size = check_known_size(x);
+    size_t inside = offset < size ? (size_t)MIN((uint64_t)len, size - offset) : 0;
 
     memset(b->data + inside, 0, len - inside);
     return inside ? transfer(x, REQUEST_READ, offset, b, 0, inside) : 0;

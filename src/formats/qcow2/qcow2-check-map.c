@@ -43,17 +43,44 @@ static int add_l2(struct check *x, uint64_t offset, bool active)
     return 0;
 }
 
-static void check_l1_copied(struct check *x, uint64_t index, uint64_t entry, uint64_t offset)
+/* Once more, when the refcounts are known as they are in the end. */
+static int suspect(struct check *x, uint64_t l1_index, uint64_t entry, uint64_t cluster)
 {
-    uint64_t count = qcow2_count(&x->counts, QCOW2_STORED, offset >> x->h.cluster_bits);
+    struct check_online *o = x->online;
 
-    if ((count == 1) == !!(entry & QCOW2_COPIED))
-        return;
+    if (o->suspect_count == o->suspect_max) {
+        size_t max = o->suspect_max * 2 + 64;
+        struct check_suspect *v = NULL;
+
+        if (max * sizeof(*v) <= x->options->memory_max / 4)
+            v = realloc(o->suspects, max * sizeof(*v));
+        if (!v)
+            return -ENOMEM;
+        o->suspects = v;
+        o->suspect_max = max;
+    }
+    o->suspects[o->suspect_count++] = (struct check_suspect){cluster, entry, l1_index};
+    return 0;
+}
+
+int check_copied(struct check *x, uint64_t l1_index, uint64_t entry, uint64_t cluster)
+{
+    uint64_t count = qcow2_count(&x->counts, QCOW2_STORED, cluster);
+
+    if (likely((count == 1) == !!(entry & QCOW2_COPIED)))
+        return 0;
+    if (x->online && !x->online->settled)
+        return suspect(x, l1_index, entry, cluster);
     x->bad_copied++;
-    check_found(x,
-                "ERROR OFLAG_COPIED L2 cluster: l1_index=%" PRIu64 " l1_entry=%" PRIx64
-                " refcount=%" PRIu64,
-                index, entry, count);
+    if (l1_index == CHECK_OF_L2)
+        check_found(x, "ERROR OFLAG_COPIED data cluster: l2_entry=%" PRIx64 " refcount=%" PRIu64,
+                    entry, count);
+    else
+        check_found(x,
+                    "ERROR OFLAG_COPIED L2 cluster: l1_index=%" PRIu64 " l1_entry=%" PRIx64
+                    " refcount=%" PRIu64,
+                    l1_index, entry, count);
+    return 0;
 }
 
 static int take_l1_entry(struct check *x, uint64_t index, uint64_t entry, bool active)
@@ -80,8 +107,12 @@ static int take_l1_entry(struct check *x, uint64_t index, uint64_t entry, bool a
                     offset);
         return 0;
     }
-    if (active)
-        check_l1_copied(x, index, entry, offset);
+    if (active) {
+        int r = check_copied(x, index, entry, offset >> x->h.cluster_bits);
+
+        if (r < 0)
+            return r;
+    }
     if (!check_in_file(x, offset, x->cluster)) {
         x->bad_entries++;
         check_found(x,
@@ -288,17 +319,6 @@ static void look_at_subclusters(struct check *x, uint64_t offset, uint64_t bitma
     }
 }
 
-static void look_at_copied(struct check *x, uint64_t entry, uint64_t offset)
-{
-    uint64_t count = qcow2_count(&x->counts, QCOW2_STORED, offset >> x->h.cluster_bits);
-
-    if (likely((count == 1) == !!(entry & QCOW2_COPIED)))
-        return;
-    x->bad_copied++;
-    check_found(x, "ERROR OFLAG_COPIED data cluster: l2_entry=%" PRIx64 " refcount=%" PRIu64, entry,
-                count);
-}
-
 static void count_allocated(struct l2_look *l, uint64_t offset)
 {
     struct check *x = l->x;
@@ -322,8 +342,12 @@ static int look_at_cluster(struct l2_look *l, uint64_t entry, uint64_t offset, b
     }
     if (check_has_data_file(x))
         return 0; /* it is in another file, where nothing is counted */
-    if (l->table->active)
-        look_at_copied(x, entry, offset);
+    if (l->table->active) {
+        int r = check_copied(x, CHECK_OF_L2, entry, offset >> x->h.cluster_bits);
+
+        if (r < 0)
+            return r;
+    }
     return refer_to_data(l, offset, x->cluster);
 }
 
@@ -432,6 +456,9 @@ static void co_fn walk(void *arg)
         r = check_interrupted(w->x);
         if (r == 0)
             r = walk_run(w, b, first, n, len);
+        if (w->x->options->progress)
+            w->x->options->progress(w->x->options->arg, w->next * w->x->cluster,
+                                    w->x->l2_count * w->x->cluster);
     }
     if (r < 0 && w->result == 0)
         w->result = r;
@@ -440,11 +467,12 @@ static void co_fn walk(void *arg)
 
 int check_l2_tables(struct check *x)
 {
+    size_t walkers = x->online ? 1 : WALKERS; /* its reads would wait for each other */
     struct l2_walk w = {.x = x};
     struct co_scope s;
 
     co_scope_init(&s);
-    for (unsigned i = 0; i < MIN((size_t)WALKERS, x->l2_count); i++) {
+    for (unsigned i = 0; i < MIN(walkers, x->l2_count); i++) {
         int r = co_scope_start(&s, walk, &w);
 
         if (r < 0 && w.result == 0)

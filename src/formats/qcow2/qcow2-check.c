@@ -61,10 +61,10 @@ int check_interrupted(const struct check *x)
 /* The last cluster may be there in part. */
 bool check_in_file(const struct check *x, uint64_t offset, uint64_t len)
 {
+    uint64_t size = check_known_size(x);
     uint64_t end;
 
-    return checked_add(offset, len, &end) &&
-           (end <= x->file_size || end - x->file_size < x->cluster);
+    return checked_add(offset, len, &end) && (end <= size || end - size < x->cluster);
 }
 
 static bool there(struct check *x, uint64_t offset, uint64_t len)
@@ -135,7 +135,7 @@ int check_refer_data(struct check *x, uint64_t offset, uint64_t len, uint64_t ti
 static void parse(struct check *x, const uint8_t *bytes, size_t len, int *r, struct error **err)
 {
     error_free(err);
-    *r = qcow2_header_parse(&x->h, bytes, len, x->file_size, x->name, err);
+    *r = qcow2_header_parse(&x->h, bytes, len, check_known_size(x), x->name, err);
 }
 
 /* Finds another place for the refcount table, for the parser, so that the rest can be looked at. */
@@ -204,7 +204,7 @@ static int parse_in_parts(struct check *x, const uint8_t *bytes, size_t len, str
     return r;
 }
 
-static int co_fn read_header(struct check *x, struct error **err)
+int check_read_header(struct check *x, struct error **err)
 {
     size_t len = (size_t)MIN(x->file_size, QCOW2_HEADER_BYTES_MAX);
     uint8_t *bytes = try_alloc(len + 1, 1);
@@ -315,7 +315,7 @@ static uint64_t block_of_entry(struct check *x, uint64_t index, uint64_t entry)
                     index);
         return 0;
     }
-    if (offset >= x->file_size) {
+    if (offset >= check_known_size(x)) {
         x->bad_refcounts = true;
         check_found(x, "ERROR refcount block %" PRIu64 " is outside image", index);
         return 0;
@@ -323,10 +323,8 @@ static uint64_t block_of_entry(struct check *x, uint64_t index, uint64_t entry)
     return offset;
 }
 
-static int co_fn load_refcounts(struct check *x)
+int check_load_table(struct check *x)
 {
-    struct block_walk w = {.x = x};
-    struct co_scope s;
     int r;
 
     x->table_size = ((uint64_t)x->h.refcount_table_clusters << x->h.cluster_bits) / QCOW2_ENTRY_LEN;
@@ -335,13 +333,21 @@ static int co_fn load_refcounts(struct check *x)
         return -ENOMEM;
     r = check_read_flat(x, x->h.refcount_table_offset, x->table,
                         (size_t)x->table_size * QCOW2_ENTRY_LEN);
-    if (r < 0)
-        return r;
-    for (uint64_t i = 0; i < x->table_size; i++)
+    for (uint64_t i = 0; r == 0 && i < x->table_size; i++)
         x->table[i] = block_of_entry(x, i, load_be64(&x->table[i]));
+    return r;
+}
+
+int check_load_blocks(struct check *x)
+{
+    unsigned loaders = x->online ? 1 : LOADERS; /* or their reads would wait for each other */
+    struct block_walk w = {.x = x};
+    struct co_scope s;
+
     co_scope_init(&s);
-    for (unsigned i = 0; i < LOADERS && w.next < x->table_size; i++) {
-        r = co_scope_start(&s, load_blocks, &w);
+    for (unsigned i = 0; i < loaders && w.next < x->table_size; i++) {
+        int r = co_scope_start(&s, load_blocks, &w);
+
         if (r < 0 && w.result == 0)
             w.result = r;
     }
@@ -349,7 +355,7 @@ static int co_fn load_refcounts(struct check *x)
     return w.result;
 }
 
-static int refer_refcounts(struct check *x)
+int check_refer_refcounts(struct check *x)
 {
     enum check_reference ref;
     int r = check_refer_meta(x, x->h.refcount_table_offset,
@@ -437,10 +443,15 @@ static void compare_leaf(struct check *x, struct qcow2_leaf *l)
     }
 }
 
-static int compare(struct check *x)
+/* After all references are counted. */
+int check_compare(struct check *x)
 {
-    struct qcow2_leaf **v = qcow2_counts_sorted(&x->counts);
+    struct qcow2_leaf **v;
+    int r = check_blocks_alone(x);
 
+    if (r < 0)
+        return r;
+    v = qcow2_counts_sorted(&x->counts);
     if (!v)
         return -ENOMEM;
     for (size_t i = 0; i < x->counts.leaf_count; i++)
@@ -466,12 +477,13 @@ void check_forget(struct check *x)
         .by = x->by,
         .name = x->name,
         .quiet = x->quiet,
+        .online = x->online,
         .spare = x->spare,
         .spare_count = x->spare_count,
     };
 }
 
-static int co_fn count_references(struct check *x)
+int check_refer_early(struct check *x)
 {
     enum check_reference ref;
     int r;
@@ -481,10 +493,19 @@ static int co_fn count_references(struct check *x)
                               &ref)) < 0 ||
         (r = check_luks_header(x)) < 0 ||
         (r = check_l1(x, x->h.l1_offset, x->h.l1_size, true)) < 0 ||
-        (r = check_refer_l2_tables(x)) < 0 || (r = check_snapshot_table(x)) < 0 ||
-        (r = check_bitmaps(x)) < 0 || (r = refer_refcounts(x)) < 0)
+        (r = check_refer_l2_tables(x)) < 0 || (r = check_snapshot_table(x)) < 0)
         return r;
-    return check_l2_tables(x);
+    return check_bitmaps(x);
+}
+
+int check_failed(struct check *x, int r, struct error **err)
+{
+    if (r == -EINTR)
+        return error_set(err, EINTR, "interrupted");
+    if (r == -ENOMEM)
+        return error_set(err, ENOMEM, "no memory: %" PRIu64 " bytes are in use, %" PRIu64 " may be",
+                         x->counts.memory, x->options->memory_max);
+    return error_set(err, -r, "cannot read the image: %s", strerror(-r));
 }
 
 int check_round(struct check *x, struct error **err)
@@ -494,22 +515,14 @@ int check_round(struct check *x, struct error **err)
     check_forget(x);
     x->counts.memory_max = x->options->memory_max;
     x->file_size = check_file_size(x);
-    r = read_header(x, err);
+    r = check_read_header(x, err);
     if (r < 0)
         return r;
-    r = load_refcounts(x);
-    if (r == 0)
-        r = count_references(x);
-    if (r == 0)
-        r = check_blocks_alone(x);
-    if (r == 0)
-        r = compare(x);
-    if (r == -EINTR)
-        return error_set(err, EINTR, "interrupted");
-    if (r == -ENOMEM)
-        return error_set(err, ENOMEM, "no memory: %" PRIu64 " bytes are in use, %" PRIu64 " may be",
-                         x->counts.memory, x->options->memory_max);
-    return r < 0 ? error_set(err, -r, "cannot read the image: %s", strerror(-r)) : 0;
+    if ((r = check_load_table(x)) < 0 || (r = check_load_blocks(x)) < 0 ||
+        (r = check_refer_early(x)) < 0 || (r = check_refer_refcounts(x)) < 0 ||
+        (r = check_l2_tables(x)) < 0 || (r = check_compare(x)) < 0)
+        return check_failed(x, r, err);
+    return 0;
 }
 
 /* ---- repairing ---- */

@@ -29,7 +29,9 @@ struct qcow2_check_options {
     enum qcow2_repair repair;
     uint64_t memory_max;                      /* bytes; an image that needs more is not checked */
     void (*say)(void *arg, const char *line); /* what is found and repaired; may be NULL */
-    bool (*interrupted)(void *arg);           /* ends the check with -EINTR; may be NULL */
+    bool (*interrupted)(void *arg); /* ends the check with -EINTR; may be NULL; may wait */
+    void (*progress)(void *arg, uint64_t done,
+                     uint64_t total); /* bytes of L2 tables; may be NULL */
     void *arg;
 };
 
@@ -58,6 +60,14 @@ struct qcow2_check_result {
  */
 int co_fn qcow2_co_check(struct backend *file, const struct qcow2_check_options *options,
                          struct qcow2_check_result *ret, struct error **err);
+
+/*
+ * The same of an image in use, on a backend of its node that reads, attached here: nobody waits for the check but for moments, and
+ * what is found is true all the same. Nothing is repaired. -ENOTSUP for another driver, -EBUSY if there is one already, -EAGAIN if what
+ * writers did meanwhile ended it, -ETIMEDOUT if writers do not end when it begins.
+ */
+int co_fn qcow2_co_check_online(struct backend *b, const struct qcow2_check_options *options,
+                                struct qcow2_check_result *ret, struct error **err);
 
 /*
  * For an open for writing of an image with the dirty bit (Q5), by the driver, before it reads anything but the header: repairs

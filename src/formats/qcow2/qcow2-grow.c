@@ -331,6 +331,7 @@ int qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint6
         r = guard_blocks(q, &g);
     if (r == 0) {
         q->alloc.end = g.first + growth_total(&g);
+        qcow2_online_counted(q, g.first, growth_total(&g));
         r = link_new(q, by, &g, &table);
     }
     free(table);

@@ -495,6 +495,7 @@ void qcow2_guard_rebuild(struct qcow2 *q, const struct request *by)
 {
     int r = build(q, by);
 
+    qcow2_online_break(q, "snapshots were made, applied or deleted");
     if (r == 0)
         return;
     log_warning("node '%s': its metadata is not protected from overlaps any more: %s, ignoring",

@@ -190,5 +190,6 @@ int qcow2_co_resize(struct node *node, struct request *req)
     r = qcow2_co_flush(node, &flush);
     if (r < 0)
         return r;
+    qcow2_online_break(q, "the disk was resized");
     return size > node_size(node) ? grow_disk(q, req, size) : shrink_disk(q, req, size);
 }

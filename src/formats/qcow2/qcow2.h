@@ -15,6 +15,7 @@
  *   qcow2-guard.c     where metadata lies, so that nothing else is written there
  *   qcow2-corrupt.c   what happens when damage is found
  *   qcow2-bitmap*.c   dirty bitmaps that the image stores
+ *   qcow2-online.c    what the allocator does while the image is checked
  *   qcow2-snapshot*.c internal snapshots, while nobody else is here
  *   qcow2-header.c, qcow2-create.c, qcow2-format.h   the header, empty images, what is on disk
  *
@@ -28,6 +29,7 @@
 #include "base/list.h"
 #include "formats/qcow2/qcow2-format.h"
 #include "formats/qcow2/qcow2-guard.h"
+#include "formats/qcow2/qcow2-online.h"
 #include "graph/driver.h"
 #include "graph/epoch.h"
 #include "graph/overlap.h"
@@ -130,6 +132,8 @@ struct qcow2_alloc {
     uint64_t reuse_count; /* clusters */
     struct list freed;    /* struct qcow2_run: in no mapping; the disk may still say so */
     struct list graced;   /* neither on disk; readers may still use them */
+
+    struct qcow2_online *online; /* Protected by both: a check is under way; or NULL */
 };
 
 struct qcow2_flush {
