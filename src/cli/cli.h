@@ -32,6 +32,7 @@ struct cli_command {
 extern const struct cli_command backup_command;
 extern const struct cli_command backups_command;
 extern const struct cli_command check_command;
+extern const struct cli_command check_node_command;
 extern const struct cli_command jobs_command;
 extern const struct cli_command qmp_command;
 extern const struct cli_command bench_command;

@@ -13,8 +13,8 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-    &serve_command, &backup_command, &backups_command, &restore_command,
-    &jobs_command,  &qmp_command,    &nbd_command,     &io_command,
+    &serve_command, &backup_command, &backups_command, &restore_command,    &jobs_command,
+    &qmp_command,   &nbd_command,    &io_command,      &check_node_command,
 };
 
 static void print_help(void)
@@ -23,10 +23,10 @@ static void print_help(void)
         "usage: cairn COMMAND [ARGUMENT]...\n\n"
         "Serves virtual disks, backs them up while they are in use, and looks at what the daemon does.\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-        printf("  %-8s  %s\n", commands[i]->name, commands[i]->summary);
+        printf("  %-10s  %s\n", commands[i]->name, commands[i]->summary);
     printf("\nImages that are not in use:\n\n");
     for (size_t i = 0; image_commands[i]; i++)
-        printf("  %-8s  %s\n", image_commands[i]->name, image_commands[i]->summary);
+        printf("  %-10s  %s\n", image_commands[i]->name, image_commands[i]->summary);
     printf("\n`cairn help COMMAND` says more about one of them.\n"
            "Exit status: 0; 1 after a failure; 2 for arguments that are wrong.\n");
 }

@@ -1,23 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* cairn check: is an image sound? Repairs it on demand. What it prints, and its exit status, are those of `qemu-img check`. */
 #include "cli/image/check-imported.h"
+#include "cli/image/check-print.h"
 #include "cli/image/tool.h"
 #include "formats/qcow2/qcow2-check.h"
 
 #include <errno.h>
-#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* As the peer's. */
-enum check_status {
-    CHECK_SOUND = 0,
-    CHECK_FAILED = 1,
-    CHECK_CORRUPT = 2,
-    CHECK_LEAKS = 3,
-    CHECK_NOT_SUPPORTED = 63,
-};
 
 struct check_command {
     struct image_spec spec;
@@ -61,15 +52,6 @@ static bool interrupted(void *arg)
     return cli_interrupted();
 }
 
-static enum check_status status_of(const struct qcow2_check_result *r)
-{
-    if (r->check_errors)
-        return CHECK_FAILED;
-    if (r->corruptions)
-        return CHECK_CORRUPT;
-    return r->leaks ? CHECK_LEAKS : CHECK_SOUND;
-}
-
 static int co_fn control_fn check_file(struct check_command *c, struct graph *g, struct error **err)
 {
     int r = open_file(c, g, err);
@@ -78,7 +60,7 @@ static int co_fn control_fn check_file(struct check_command *c, struct graph *g,
         return r;
     if (check_imported_is_for(image_format(&c->image))) {
         r = check_imported_co(&c->image, &c->result.corruptions, err);
-        c->status = r < 0 ? CHECK_FAILED : status_of(&c->result);
+        c->status = r < 0 ? CHECK_FAILED : check_status_of(&c->result);
         return r;
     }
     if (strcmp(image_format(&c->image), "qcow2") != 0) {
@@ -89,79 +71,20 @@ static int co_fn control_fn check_file(struct check_command *c, struct graph *g,
     r = qcow2_co_check(c->image.backend, &c->options, &c->result, err);
     if (r < 0)
         return error_wrap(err, r, "cannot check '%s'", c->spec.name);
-    c->status = status_of(&c->result);
+    c->status = check_status_of(&c->result);
     return 0;
 }
 
 /* ---- what it prints ---- */
 
-static void set_count(json_t *object, const char *key, uint64_t value, bool always)
-{
-    if (value || always)
-        json_object_set_new(object, key, json_integer((json_int_t)value));
-}
-
 static void print_json(const struct check_command *c)
 {
-    const struct qcow2_check_result *r = &c->result;
     const char *format = image_format(&c->image);
     json_t *o = json_pack("{s:s, s:s}", "filename", c->spec.name, "format", format);
 
     if (!o)
         o = json_pack("{s:s}", "format", format); /* the name is not UTF-8 */
-    set_count(o, "check-errors", r->check_errors, true);
-    set_count(o, "image-end-offset", r->image_end_offset, false);
-    set_count(o, "corruptions", r->corruptions, false);
-    set_count(o, "leaks", r->leaks, false);
-    set_count(o, "corruptions-fixed", r->corruptions_fixed, false);
-    set_count(o, "leaks-fixed", r->leaks_fixed, false);
-    set_count(o, "total-clusters", r->total_clusters, false);
-    set_count(o, "allocated-clusters", r->allocated_clusters, false);
-    set_count(o, "fragmented-clusters", r->fragmented_clusters, false);
-    set_count(o, "compressed-clusters", r->compressed_clusters, false);
-    cli_print_json(o, true);
-}
-
-static void print_findings(const struct qcow2_check_result *r)
-{
-    if (!(r->corruptions || r->leaks || r->check_errors)) {
-        printf("No errors were found on the image.\n");
-        return;
-    }
-    if (r->corruptions)
-        printf("\n%" PRIu64 " errors were found on the image.\n"
-               "Data may be corrupted, or further writes to the image may corrupt it.\n",
-               r->corruptions);
-    if (r->leaks)
-        printf("\n%" PRIu64 " leaked clusters were found on the image.\n"
-               "This means waste of disk space, but no harm to data.\n",
-               r->leaks);
-    if (r->check_errors)
-        printf("\n%" PRIu64 " internal errors have occurred during the check.\n", r->check_errors);
-}
-
-static double percent(uint64_t part, uint64_t whole)
-{
-    return (double)part * 100.0 / (double)whole;
-}
-
-static void print_text(const struct qcow2_check_result *r)
-{
-    if (r->corruptions_fixed || r->leaks_fixed)
-        printf("The following inconsistencies were found and repaired:\n\n"
-               "    %" PRIu64 " leaked clusters\n    %" PRIu64 " corruptions\n\n"
-               "Double checking the fixed image now...\n",
-               r->leaks_fixed, r->corruptions_fixed);
-    print_findings(r);
-    if (r->total_clusters && r->allocated_clusters)
-        printf("%" PRIu64 "/%" PRIu64 " = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed "
-               "clusters\n",
-               r->allocated_clusters, r->total_clusters,
-               percent(r->allocated_clusters, r->total_clusters),
-               percent(r->fragmented_clusters, r->allocated_clusters),
-               percent(r->compressed_clusters, r->allocated_clusters));
-    if (r->image_end_offset)
-        printf("Image end offset: %" PRIu64 "\n", r->image_end_offset);
+    check_print_json(o, &c->result);
 }
 
 static int co_fn control_fn check(struct graph *g, void *arg, struct error **err)
@@ -172,7 +95,7 @@ static int co_fn control_fn check(struct graph *g, void *arg, struct error **err
     if (r == 0 && c->json)
         print_json(c); /* also with -q: it was asked for */
     else if (r == 0 && !c->no_output)
-        print_text(&c->result);
+        check_print_text(&c->result);
     image_co_close(&c->image);
     return r;
 }
