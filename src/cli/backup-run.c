@@ -529,6 +529,17 @@ static void undo(struct run *run)
         catalogue_discard(run->catalogue, run->point.id);
 }
 
+/* The job counts what it was to copy; zeroes take no space. */
+static int count_bytes(struct run *run, struct error **err)
+{
+    uint64_t allocated;
+    int r = catalogue_part_allocated(run->catalogue, run->point.id, &allocated, err);
+
+    if (r == 0)
+        run->point.bytes = MIN(run->point.bytes, allocated);
+    return r;
+}
+
 static int make_point(struct run *run, struct error **err)
 {
     int r = look_at_disk(run, err);
@@ -543,6 +554,8 @@ static int make_point(struct run *run, struct error **err)
         r = read_generation(run, err);
     if (r == 0)
         r = wait_until_pending(run, err);
+    if (r == 0)
+        r = count_bytes(run, err);
     if (r == 0)
         r = catalogue_add(run->catalogue, &run->point, err);
     return r;

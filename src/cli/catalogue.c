@@ -560,6 +560,18 @@ int catalogue_add(struct catalogue *c, struct point *p, struct error **err)
     return sync_dir(c, err);
 }
 
+int catalogue_part_allocated(const struct catalogue *c, const char *id, uint64_t *ret,
+                             struct error **err)
+{
+    AUTO(free_ptr) char *part = xasprintf("%s.qcow2.part", id);
+    struct stat st;
+
+    if (fstatat(c->dir_fd, part, &st, AT_SYMLINK_NOFOLLOW) < 0)
+        return error_set(err, errno, "cannot look at '%s/%s': %s", c->dir, part, strerror(errno));
+    *ret = (uint64_t)st.st_blocks * 512;
+    return 0;
+}
+
 void catalogue_discard(struct catalogue *c, const char *id)
 {
     AUTO(free_ptr) char *part = xasprintf("%s.qcow2.part", id);

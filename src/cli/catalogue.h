@@ -30,7 +30,7 @@ struct point {
     char *base;    /* id of a point; NULL if full */
     char *image;   /* name of its file in the directory: ID.qcow2 */
     uint64_t size; /* of the disk, bytes */
-    uint64_t bytes;   /* that were copied */
+    uint64_t bytes;   /* that were copied and are not zeroes */
     char *disk;       /* what the daemon said of the disk's file */
     char *node;       /* and of its node */
     char *bitmap;     /* that records since then */
@@ -80,6 +80,9 @@ char *catalogue_image_path(const struct catalogue *c, const char *id);
  * point holds. After an error there is no new point, unless only the last sync has failed.
  */
 int catalogue_add(struct catalogue *c, struct point *p, struct error **err);
+/* How much of the host's space the half made image has, bytes. */
+int catalogue_part_allocated(const struct catalogue *c, const char *id, uint64_t *ret,
+                             struct error **err);
 /* Removes the half made image. */
 void catalogue_discard(struct catalogue *c, const char *id);
 
