@@ -24,7 +24,7 @@ static const char *const kinds[QCOW2_ERRORS] = {
     [QCOW2_ERROR_RESERVED] = "reserved",     [QCOW2_ERROR_ZERO_V2] = "zero_v2",
     [QCOW2_ERROR_DIRTY] = "dirty",           [QCOW2_ERROR_NOT_COPIED] = "not_copied",
     [QCOW2_ERROR_SNAPSHOT] = "snapshot",     [QCOW2_ERROR_SUBCLUSTER] = "subcluster",
-    [QCOW2_ERROR_DATA_FILE] = "data_file",
+    [QCOW2_ERROR_DATA_FILE] = "data_file",   [QCOW2_ERROR_BITMAP] = "bitmap",
 };
 
 static int check_image(const char *path)

@@ -53,6 +53,9 @@ struct header {
     unsigned l2_entry;  /* bytes */
     uint64_t data_name; /* where the name of the data file is; 0: it has none */
     uint64_t data_name_len;
+    uint64_t bitmap_count; /* 0: there are none that count */
+    uint64_t bitmaps_offset;
+    uint64_t bitmaps_len;
 };
 
 static bool has_data_file(const struct header *h)
@@ -200,9 +203,30 @@ static void __attribute__((format(printf, 2, 3))) leaked(struct walk *w, const c
 
 /* ---- the header ---- */
 
-static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint64_t at,
-                              uint64_t end, struct qcow2_verdict *v)
+/* Without the autoclear bit it says nothing. */
+static int look_at_bitmaps(const struct qcow2_file *f, struct header *h, uint64_t at, uint64_t len,
+                           struct qcow2_verdict *v)
 {
+    uint8_t b[24];
+    int r = file_read(f, at, b, sizeof(b));
+
+    if (r < 0 || !(h->autoclear & 1))
+        return r;
+    h->bitmap_count = load_be32(b);
+    h->bitmaps_len = load_be64(b + 8);
+    h->bitmaps_offset = load_be64(b + 16);
+    if (len != 24 || load_be32(b + 4) || !h->bitmap_count || h->bitmap_count > 65535 ||
+        h->bitmaps_len > (uint64_t)64 << 20)
+        return unjudged(v, EINVAL, "the extension for bitmaps makes no sense");
+    return 0;
+}
+
+static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint64_t at,
+                              struct qcow2_verdict *v)
+{
+    uint64_t end = (uint64_t)1 << h->cluster_bits;
+
+    h->bitmap_count = 0;
     while (at + 8 <= end) {
         uint8_t head[8];
         int r = file_read(f, at, head, sizeof(head));
@@ -212,7 +236,9 @@ static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint
         if (load_be32(head) == 0)
             break;
         if (load_be32(head) == EXTENSION_BITMAPS)
-            return unjudged(v, EOPNOTSUPP, "it has bitmaps");
+            r = look_at_bitmaps(f, h, at + 8, load_be32(head + 4), v);
+        if (r < 0)
+            return r;
         if (load_be32(head) == EXTENSION_DATA) {
             h->data_name = at + 8;
             h->data_name_len = load_be32(head + 4);
@@ -221,6 +247,8 @@ static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint
         if (at > end)
             return unjudged(v, EINVAL, "a header extension ends beyond the first cluster");
     }
+    if ((h->autoclear & 1) && !h->bitmap_count)
+        return unjudged(v, EINVAL, "there are bitmaps, says a bit, but no extension");
     return 0;
 }
 
@@ -294,7 +322,7 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
         (h->snapshot_count && h->snapshots_offset % ((uint64_t)1 << h->cluster_bits)))
         return unjudged(v, EINVAL, "%" PRIu64 " snapshots at %" PRIx64, h->snapshot_count,
                         h->snapshots_offset);
-    r = look_at_extensions(f, h, len, (uint64_t)1 << h->cluster_bits, v);
+    r = look_at_extensions(f, h, len, v);
     return r < 0 ? r : check_header_sense(f, h, v);
 }
 
@@ -609,6 +637,156 @@ int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number, struct qcow2
     return r < 0 ? r : file_read(f, names + e.id_len, ret->name, e.name_len);
 }
 
+/* ---- bitmaps ---- */
+
+/* An entry of the directory. */
+struct bitmap {
+    uint64_t table;
+    uint64_t entries;
+    uint64_t flags;
+    unsigned type;
+    unsigned granularity_bits;
+    uint64_t name_len;
+    uint64_t extra_len;
+    uint64_t name; /* in the file */
+    uint64_t end;
+};
+
+static int read_bitmap(const struct qcow2_file *f, uint64_t at, struct bitmap *ret)
+{
+    uint8_t b[24];
+    int r = file_read(f, at, b, sizeof(b));
+
+    *ret = (struct bitmap){
+        .table = load_be64(b),
+        .entries = load_be32(b + 8),
+        .flags = load_be32(b + 12),
+        .type = b[16],
+        .granularity_bits = b[17],
+        .name_len = load_be16(b + 18),
+        .extra_len = load_be32(b + 20),
+    };
+    ret->name = at + 24 + ret->extra_len;
+    ret->end = at + (24 + ret->extra_len + ret->name_len + 7) / 8 * 8;
+    return r;
+}
+
+/* As the size of the disk asks for, but one that is in use may be what it was for another size. */
+static bool bitmap_makes_sense(const struct header *h, const struct bitmap *b)
+{
+    uint64_t granules, bytes;
+
+    if (b->type != 1 || b->granularity_bits < 9 || b->granularity_bits > 31 || !b->name_len ||
+        b->name_len > 1023 || b->extra_len || b->flags > 3 || !b->entries || !b->table)
+        return false;
+    granules = (h->size + ((uint64_t)1 << b->granularity_bits) - 1) >> b->granularity_bits;
+    bytes = (granules + 7) / 8;
+    return (b->flags & 1) ||
+           b->entries == (bytes + ((uint64_t)1 << h->cluster_bits) - 1) >> h->cluster_bits ||
+           (b->entries == 1 && !bytes);
+}
+
+static int walk_bitmap(struct walk *w, const struct bitmap *b, uint64_t number)
+{
+    if (!refer(w, b->table, (b->entries * 8 + w->cluster - 1) / w->cluster, USE_META,
+               "table of bitmap", number))
+        return 0;
+    for (uint64_t i = 0; i < b->entries; i++) {
+        uint64_t entry;
+        int r = file_entry(w->f, b->table + i * 8, &entry);
+
+        if (r < 0)
+            return r;
+        if (entry == 0 || entry == 1)
+            continue;
+        if (entry & ~(uint64_t)L1_OFFSET)
+            found(w, QCOW2_ERROR_BITMAP, "bitmap %" PRIu64 " has entry %" PRIx64, number, entry);
+        (void)refer(w, entry & L1_OFFSET, 1, USE_META, "bits of bitmap", number);
+    }
+    return 0;
+}
+
+static int walk_bitmaps(struct walk *w)
+{
+    uint64_t at = w->h.bitmaps_offset;
+    uint64_t end = at + w->h.bitmaps_len;
+
+    w->now = 0;
+    if (!w->h.bitmap_count || !refer(w, at, (w->h.bitmaps_len + w->cluster - 1) / w->cluster,
+                                     USE_META, "directory of bitmaps", 0))
+        return 0;
+    for (uint64_t i = 0; i < w->h.bitmap_count; i++) {
+        struct bitmap b;
+        int r = read_bitmap(w->f, at, &b);
+
+        if (r < 0)
+            return r;
+        if (b.end > end || !bitmap_makes_sense(&w->h, &b)) {
+            found(w, QCOW2_ERROR_BITMAP, "bitmap %" PRIu64 " makes no sense", i + 1);
+            return 0;
+        }
+        r = walk_bitmap(w, &b, i + 1);
+        if (r < 0)
+            return r;
+        at = b.end;
+    }
+    if (at != end)
+        found(w, QCOW2_ERROR_BITMAP, "the directory of bitmaps ends elsewhere");
+    return 0;
+}
+
+/* What lies beyond `bytes` must be clean. */
+static int read_bits(const struct qcow2_file *f, const struct header *h, const struct bitmap *b,
+                     uint8_t *bits, size_t bytes)
+{
+    size_t cluster = (size_t)1 << h->cluster_bits;
+    uint8_t *piece = malloc(cluster);
+    int r = piece ? 0 : -ENOMEM;
+
+    memset(bits, 0, bytes);
+    for (uint64_t i = 0; i < b->entries && r == 0; i++) {
+        uint64_t entry = 0;
+        size_t left = i * cluster < bytes ? bytes - (size_t)(i * cluster) : 0;
+
+        r = file_entry(f, b->table + i * 8, &entry);
+        if (r < 0 || !entry)
+            continue;
+        memset(piece, 0xff, cluster);
+        if (entry != 1)
+            r = file_read(f, entry & L1_OFFSET, piece, cluster);
+        for (size_t k = left; k < cluster; k++)
+            r = r == 0 && piece[k] ? -EINVAL : r;
+        if (left)
+            memcpy(bits + i * cluster, piece, left < cluster ? left : cluster);
+    }
+    free(piece);
+    return r;
+}
+
+int qcow2_see_bitmap(const struct qcow2_file *f, unsigned number, struct qcow2_bitmap_seen *ret,
+                     void *bits, size_t bytes)
+{
+    struct qcow2_verdict ignored = {.errors = 0};
+    struct bitmap b = {.end = 0};
+    struct header h;
+    int r = read_header(f, &h, &ignored);
+
+    memset(ret, 0, sizeof(*ret));
+    if (r == 0 && (!number || number > h.bitmap_count))
+        r = -ENOENT;
+    for (unsigned i = 0; i < number && r == 0; i++)
+        r = read_bitmap(f, i ? b.end : h.bitmaps_offset, &b);
+    if (r < 0)
+        return r;
+    if (b.name_len >= sizeof(ret->name))
+        return -EINVAL;
+    ret->in_use = b.flags & 1;
+    ret->enabled = b.flags & 2;
+    ret->granularity_bits = b.granularity_bits;
+    r = file_read(f, b.name, ret->name, (size_t)b.name_len);
+    return r < 0 || ret->in_use ? r : read_bits(f, &h, &b, bits, bytes);
+}
+
 /* ---- refcounts ---- */
 
 static int walk_refcount_table(struct walk *w)
@@ -677,6 +855,7 @@ static void describe(struct walk *w)
     w->v->l1_entries = w->h.l1_entries;
     w->v->snapshots = w->h.snapshot_count;
     w->v->has_data_file = has_data_file(&w->h);
+    w->v->bitmaps = w->h.bitmap_count;
     w->v->refcount_table_clusters = w->h.table_clusters;
 }
 
@@ -719,6 +898,8 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
         r = walk_l1(&w, 1, w.h.l1_offset, w.h.l1_entries);
     if (r == 0)
         r = walk_snapshots(&w);
+    if (r == 0)
+        r = walk_bitmaps(&w);
     if (r == 0)
         r = compare_refcounts(&w);
     release(&w);

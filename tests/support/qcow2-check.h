@@ -3,7 +3,7 @@
  * An independent judge of qcow2 images, written from the format's specification alone; it shares no code with the driver.
  *
  * It knows what the driver of this stage may write: versions 2 and 3, standard, zero and compressed clusters, subclusters, backing
- * files, external data files, internal snapshots. An image with anything else (encryption, bitmaps) is not judged.
+ * files, external data files, internal snapshots, bitmaps. An encrypted image is not judged.
  */
 #ifndef CAIRN_TESTS_QCOW2_CHECK_H
 #define CAIRN_TESTS_QCOW2_CHECK_H
@@ -39,6 +39,7 @@ enum qcow2_error {
     QCOW2_ERROR_SNAPSHOT,   /* the table of snapshots, or an entry, makes no sense */
     QCOW2_ERROR_SUBCLUSTER, /* both allocated and zero, or allocated nowhere */
     QCOW2_ERROR_DATA_FILE, /* there is a data file, and a cluster is not at its guest offset in it, or is compressed */
+    QCOW2_ERROR_BITMAP, /* the directory of bitmaps, or a table, makes no sense */
     QCOW2_ERRORS,
 };
 
@@ -56,6 +57,7 @@ struct qcow2_verdict {
     uint64_t autoclear;
     uint64_t l1_entries;
     uint64_t snapshots;
+    uint64_t bitmaps;
     uint64_t refcount_table_clusters;
     uint64_t refcount_blocks;
     uint64_t l2_tables;
@@ -102,5 +104,20 @@ int qcow2_see_snapshot(const struct qcow2_file *f, unsigned number,
 
 /* The name of the external data file; the empty one if there is none. 0, or as qcow2_check(). */
 int qcow2_see_data_file(const struct qcow2_file *f, char ret_name[1024]);
+
+/* A bitmap, by its place in the directory from 1 on. */
+struct qcow2_bitmap_seen {
+    char name[1024];
+    bool in_use;
+    bool enabled;
+    unsigned granularity_bits;
+};
+
+/*
+ * As qcow2_see_snapshot(). Its bits, of which there are `bytes` bytes, if it is not in use; ones for more than the disk has are an
+ * error, -EINVAL.
+ */
+int qcow2_see_bitmap(const struct qcow2_file *f, unsigned number, struct qcow2_bitmap_seen *ret,
+                     void *bits, size_t bytes);
 
 #endif
