@@ -51,6 +51,7 @@ extern const struct cli_command resize_command;
 extern const struct cli_command restore_command;
 extern const struct cli_command serve_command;
 extern const struct cli_command snapshot_command;
+extern const struct cli_command bitmap_command;
 
 /* The program's exit status, for a command whose statuses mean more than cli_status; an error is still printed. */
 void cli_set_exit_status(int status);

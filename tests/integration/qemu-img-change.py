@@ -137,7 +137,7 @@ def test_versions_are_read_as_the_peers(tools):
 
 
 def test_what_is_missing_is_said(tools):
-    for command in ("bitmap", "amend"):
+    for command in ("amend",):
         done = tools.ours(command, "-l", "x", ok=None)
         if "Command not found" in done.stderr:
             pytest.fail(f"{command} is neither there nor refused by name")

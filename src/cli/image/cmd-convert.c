@@ -4,6 +4,7 @@
 #include "base/checked.h"
 #include "base/macros.h"
 #include "cli/image/create-options.h"
+#include "cli/image/image-bitmaps.h"
 #include "cli/image/image-copy.h"
 #include "cli/image/tool.h"
 
@@ -38,6 +39,8 @@ struct convert {
     bool unordered;
     bool compress;
     bool salvage;
+    bool bitmaps;
+    bool skip_broken_bitmaps;
     bool has_sparse;
     uint64_t sparse;
     uint64_t workers;
@@ -45,6 +48,7 @@ struct convert {
 
     struct create_options o;
     struct image *sources;
+    struct image_spec target_spec;
     struct image image; /* the target */
     uint64_t total;
 };
@@ -127,6 +131,7 @@ static int co_fn control_fn open_target(struct graph *g, struct convert *c, stru
     /* What lies below a new image need not be opened: nothing is read of it. */
     if (!c->no_create && !c->o.backing_file)
         spec.flags |= IMAGE_NO_BACKING;
+    c->target_spec = spec;
     r = image_co_open(&c->image, g, "t", &spec, err);
     if (r == 0 && image_size(&c->image) < c->total)
         r = error_set(err, EINVAL, "output file is smaller than input file");
@@ -197,6 +202,15 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
     return r;
 }
 
+/* An image that stores bitmaps does so when it is closed, which fails without a word to us. */
+static int co_fn control_fn close_target(struct graph *g, struct convert *c, struct error **err)
+{
+    size_t usable = image_bitmaps_usable(&c->image);
+
+    image_co_close(&c->image);
+    return image_bitmaps_co_check_stored(g, &c->target_spec, usable, err);
+}
+
 static int co_fn control_fn convert(struct graph *g, void *arg, struct error **err)
 {
     struct convert *c = arg;
@@ -208,12 +222,18 @@ static int co_fn control_fn convert(struct graph *g, void *arg, struct error **e
         r = refuse_same(c, err);
     if (r == 0 && c->o.has_size && c->o.size < c->total)
         r = error_set(err, EINVAL, "output file is smaller than input file");
+    if (r == 0 && c->bitmaps)
+        r = image_bitmaps_check(&c->sources[0], c->skip_broken_bitmaps, err);
     if (r == 0)
         r = make_target(g, c, err);
     if (r == 0)
         r = open_target(g, c, err);
     if (r == 0)
         r = copy(c, err);
+    if (r == 0 && c->bitmaps)
+        r = image_bitmaps_co_copy(&c->sources[0], &c->image, err);
+    if (r == 0 && c->bitmaps)
+        r = close_target(g, c, err);
     image_co_close(&c->image);
     for (size_t i = 0; i < c->count; i++)
         image_co_close(&c->sources[i]);
@@ -272,6 +292,14 @@ static int check(struct convert *c, struct error **err)
     r = check_compress(c, err);
     if (r < 0)
         return r;
+    if (c->skip_broken_bitmaps && !c->bitmaps)
+        return error_set(err, EINVAL, "Use of --skip-broken-bitmaps requires --bitmaps");
+    if (c->bitmaps && c->count > 1)
+        return error_set(err, EINVAL, "Copying bitmaps only possible with single source");
+    if (c->bitmaps && c->source.snapshot)
+        return error_set(err, EINVAL, "--bitmaps: a snapshot has none");
+    if (c->bitmaps && !c->no_create && strcmp(c->format, "qcow2") != 0)
+        return error_set(err, ENOTSUP, "Format driver '%s' does not support bitmaps", c->format);
     if (c->target_options && !c->no_create)
         return error_set(err, EINVAL, "--target-image-opts requires use of -n flag");
     if (c->target_options && c->has_format)
@@ -309,10 +337,6 @@ static int refuse(int opt, struct error **err)
     case 'C':
         return error_set(err, ENOTSUP,
                          "-C: the host's copy offloading is not used; copying is fast without");
-    case BITMAPS:
-        return error_set(err, ENOTSUP, "--bitmaps: bitmaps in images are not copied yet");
-    case SKIP_BROKEN:
-        return error_set(err, ENOTSUP, "--skip-broken-bitmaps: bitmaps are not copied yet");
     default:
         return opt;
     }
@@ -356,6 +380,12 @@ static int read_more(struct convert *c, int opt, struct error **err)
         return 0;
     case SALVAGE:
         c->salvage = true;
+        return 0;
+    case BITMAPS:
+        c->bitmaps = true;
+        return 0;
+    case SKIP_BROKEN:
+        c->skip_broken_bitmaps = true;
         return 0;
     default:
         return refuse(opt, err);
@@ -465,6 +495,8 @@ const struct cli_command convert_command = {
         "  -t CACHE, -T CACHE        of TARGET (unsafe), of FILE (writeback): none, writeback, writethrough,\n"
         "                            directsync, unsafe\n"
         "      --salvage             what cannot be read becomes zeroes\n"
+        "      --bitmaps             TARGET gets the bitmaps that FILE stores\n"
+        "      --skip-broken-bitmaps but for those that are inconsistent\n"
         "  -p, -q                    show progress; do not\n"
         "      --image-opts          FILE is options: driver=qcow2,file.filename=PATH\n"
         "  -l SNAPSHOT               the disk as an internal snapshot of FILE has it: an ID, a name, or\n"

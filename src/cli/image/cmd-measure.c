@@ -6,6 +6,7 @@
 #include "base/macros.h"
 #include "cli/image/create-options.h"
 #include "cli/image/extent-walk.h"
+#include "cli/image/image-bitmaps.h"
 #include "cli/image/tool.h"
 
 #include <errno.h>
@@ -25,6 +26,7 @@ struct measure {
     struct create_options o;
     uint64_t data_bytes; /* what holds data, in whole units of the target */
     bool has_bitmaps;    /* source and target can have some */
+    uint64_t bitmaps;    /* what they take in the new image */
     uint64_t required;
     uint64_t full;
 };
@@ -66,10 +68,8 @@ static int co_fn control_fn look_at_source(struct graph *g, void *arg, struct er
 
         m->size = image_size(&image);
         m->has_bitmaps = strcmp(m->format, "qcow2") == 0 && top->header.version >= 3;
-        if (m->has_bitmaps && top->header.has_bitmaps)
-            r = error_set(err, ENOTSUP,
-                          "'%s' has bitmaps, whose size in a new image is not computed yet",
-                          m->spec.name);
+        if (m->has_bitmaps)
+            m->bitmaps = image_bitmaps_size(&image, m->o.cluster_size);
     }
     if (r == 0)
         r = count_data(m, image.backend, unit, err);
@@ -112,7 +112,7 @@ static void print(const struct measure *m)
         AUTO(free_ptr) char *text = NULL;
 
         if (m->has_bitmaps)
-            json_object_set_new(o, "bitmaps", json_integer(0));
+            json_object_set_new(o, "bitmaps", json_from_uint(m->bitmaps));
         json_object_set_new(o, "required", json_from_uint(m->required));
         json_object_set_new(o, "fully-allocated", json_from_uint(m->full));
         text = json_dumps(o, JSON_INDENT(4));
@@ -122,7 +122,7 @@ static void print(const struct measure *m)
     }
     printf("required size: %" PRIu64 "\nfully allocated size: %" PRIu64 "\n", m->required, m->full);
     if (m->has_bitmaps)
-        printf("bitmaps size: 0\n");
+        printf("bitmaps size: %" PRIu64 "\n", m->bitmaps);
 }
 
 static int run(struct measure *m, struct error **err)

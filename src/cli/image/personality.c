@@ -9,13 +9,13 @@
 #include <string.h>
 
 const struct cli_command *const image_commands[] = {
-    &create_command,  &info_command,     &map_command,    &check_command, &convert_command,
-    &compare_command, &measure_command,  &resize_command, &dd_command,    &rebase_command,
-    &bench_command,   &snapshot_command, &commit_command, NULL,
+    &create_command,  &info_command,     &map_command,    &check_command,  &convert_command,
+    &compare_command, &measure_command,  &resize_command, &dd_command,     &rebase_command,
+    &bench_command,   &snapshot_command, &commit_command, &bitmap_command, NULL,
 };
 
 /* What the peer has and we do not, yet. */
-static const char *const missing[] = {"amend", "bitmap"};
+static const char *const missing[] = {"amend"};
 
 bool personality_is_qemu_img(const char *argv0)
 {
