@@ -18,6 +18,7 @@
 #include "daemon/options.h"
 #include "daemon/process.h"
 #include "exports/export.h"
+#include "filters/list.h"
 #include "formats/list.h"
 #include "graph/backend.h"
 #include "graph/change.h"
@@ -309,6 +310,7 @@ static void control_start(struct daemon *d)
     static const struct driver *const *const drivers[] = {
         protocol_drivers,
         format_drivers,
+        filter_drivers,
         NULL,
     };
     unsigned io_threads = d->options->io_threads;

@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/schema.h"
 #include "graph/access.h"
+#include "graph/event.h"
 #include "graph/node.h"
 #include "graph/request.h"
 
@@ -83,6 +84,9 @@ struct driver {
     int (*co_extents)(struct node *node, struct request *req);
     /* Behind closed gates: nothing else is in flight. */
     int (*co_resize)(struct node *node, struct request *req);
+
+    /* For filters: a driver above is about to do this with its file (graph/event.h). It waits until this returns. */
+    void (*co_event)(struct node *node, enum event event, const struct request *by);
 
     /*
      * For drivers that guard the access against other programs: what all users of the node together want and tolerate. Called

@@ -26,11 +26,6 @@ struct gate_waiter {
     struct pass *pass;
 };
 
-struct gate_parked {
-    struct list link;
-    struct co_wait wait;
-};
-
 void gate_init(struct gate *gate)
 {
     *gate = (struct gate){.control = loop_self()};
@@ -97,7 +92,8 @@ static void interrupt_cut(struct gate_slot *slot)
 static void obey(struct gate_slot *slot)
 {
     uint64_t wanted = atomic_get(&slot->gate->wanted);
-    struct gate_parked *parked;
+    struct parked *parked;
+    struct parked *next;
     struct gate_waiter *w;
 
     if (wanted == slot->seen)
@@ -105,9 +101,9 @@ static void obey(struct gate_slot *slot)
     slot->seen = wanted;
     slot->closed = wanted % GATE_WANTS == GATE_CLOSED;
     slot->reports = wanted % GATE_WANTS != GATE_OPEN;
-    while (slot->closed && (parked = list_first(&slot->parked, struct gate_parked, link))) {
-        list_remove(&parked->link);
-        co_wait_end(&parked->wait, -ERESTART); /* G6 */
+    list_for_each_safe (&slot->parked, parked, next, link) {
+        if (slot->closed && parked->wait.cancel(&parked->wait))
+            co_wait_end(&parked->wait, -ERESTART); /* G6 */
     }
     while (!slot->closed && (w = list_first(&slot->queue, struct gate_waiter, link))) {
         list_remove(&w->link);
@@ -265,24 +261,56 @@ int gate_step_back(struct gate_slot *slot, struct pass *pass)
 
 static bool parked_cancel(struct co_wait *w)
 {
-    list_remove(&container_of(w, struct gate_parked, wait)->link);
+    struct parked *p = container_of(w, struct parked, wait);
+
+    if (p->take_back && !p->take_back(p))
+        return false; /* its message is on its way */
+    list_remove(&p->link);
     return true;
 }
 
-int gate_park(struct pass *pass, uint64_t deadline_ns)
+static void parked_arrived(struct loop_message *m)
+{
+    struct parked *p = container_of(m, struct parked, message);
+
+    list_remove(&p->link);
+    co_wait_end(&p->wait, 0);
+}
+
+void parked_init(struct parked *p, parked_take_back_fn *take_back)
+{
+    *p = (struct parked){.take_back = take_back, .loop = loop_self()};
+    co_wait_init(&p->wait, parked_cancel);
+    list_init(&p->link);
+}
+
+void parked_end(struct parked *p)
+{
+    p->message.fn = parked_arrived;
+    loop_post(p->loop, &p->message);
+}
+
+int gate_park(struct pass *pass, struct parked *p, uint64_t deadline_ns)
 {
     struct gate_slot *slot = pass->slot;
-    struct gate_parked parked;
     int r;
 
-    if (!slot)
-        return co_sleep_until(deadline_ns); /* a change's own request: it is the drain */
-    if (slot->closed)
-        return -ERESTART;
-    co_wait_init(&parked.wait, parked_cancel);
-    list_append(&slot->parked, &parked.link);
-    r = co_wait(&parked.wait, deadline_ns);
+    if (slot)
+        list_append(&slot->parked, &p->link);
+    if ((!slot || slot->closed) && parked_cancel(&p->wait))
+        return -ERESTART; /* a change's own request is the drain */
+    r = co_wait(&p->wait, deadline_ns);
     return r == -ETIMEDOUT && !co_cancelled() ? 0 : r;
+}
+
+int gate_park_until(struct pass *pass, uint64_t deadline_ns)
+{
+    struct parked p;
+
+    if (!pass->slot)
+        return co_sleep_until(deadline_ns); /* a change's own request: it is the drain */
+    parked_init(&p, NULL);
+    return gate_park(pass, &p, deadline_ns);
 }
 
 bool gate_is_closed(const struct gate *gate)

@@ -95,7 +95,7 @@ struct gate_slot {
     /* Only touched on the slot's loop. */
     struct list inside; /* struct pass */
     struct list queue;  /* struct gate_waiter, by number */
-    struct list parked; /* struct gate_parked (G6) */
+    struct list parked; /* struct parked (G6) */
     uint64_t next_number;
     unsigned count;
     unsigned queued;
@@ -161,7 +161,9 @@ int co_fn gate_step_back(struct gate_slot *slot, struct pass *pass);
  * Waits inside until the deadline, for something else than a child's answer (G6): 0 at the deadline; -ERESTART when the gate
  * closes or is closed: to be handed up untouched; -ECANCELED.
  */
-int co_fn gate_park(struct pass *pass, uint64_t deadline_ns);
+int co_fn gate_park_until(struct pass *pass, uint64_t deadline_ns);
+/* The same, also until parked_end(): 0. */
+int co_fn gate_park(struct pass *pass, struct parked *p, uint64_t deadline_ns);
 
 /* Closes for roots, at once as far as this thread is concerned. Not nested. */
 void control_fn gate_close(struct gate *gate);

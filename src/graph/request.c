@@ -325,7 +325,12 @@ static int co_fn node_co_extents(struct node *node, struct request *whole)
 
 int co_park_until(struct request *req, uint64_t deadline_ns)
 {
-    return gate_park(req->pass, deadline_ns);
+    return gate_park_until(req->pass, deadline_ns);
+}
+
+int co_park(const struct request *req, struct parked *p)
+{
+    return gate_park(req->pass, p, LOOP_FOREVER);
 }
 
 uint64_t request_reached_ns(struct request *req, const struct node *node)

@@ -11,9 +11,13 @@
 #define CAIRN_GRAPH_REQUEST_H
 
 #include "base/context.h"
+#include "base/list.h"
 #include "graph/extents.h"
+#include "loop/co.h"
 #include "loop/iobuf.h"
+#include "loop/loop.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -109,6 +113,28 @@ void request_zero_from(const struct request *req, uint64_t from);
  * be handed up untouched. After the change the request comes again from the top.
  */
 int co_fn co_park_until(struct request *req, uint64_t deadline_ns);
+
+/*
+ * The same, but for as long as somebody else wants: on the waiter's stack, who lists it where those find it, under a lock of the
+ * driver's. `take_back` unlists it, on the waiter's loop, since something else ends the wait; false if parked_end() has been called.
+ */
+struct parked;
+typedef bool parked_take_back_fn(struct parked *p);
+
+struct parked {
+    parked_take_back_fn *take_back; /* NULL: nobody else ends it */
+    struct loop *loop;
+    struct co_wait wait;
+    struct loop_message message;
+    struct list link; /* of the slot */
+};
+
+/* Before it is listed. */
+void parked_init(struct parked *p, parked_take_back_fn *take_back);
+/* Once, from any loop, by whoever has unlisted it. */
+void parked_end(struct parked *p);
+/* 0 when it was ended so; else as co_park_until(), also at once if a drain has begun. */
+int co_fn co_park(const struct request *req, struct parked *p);
 /* When this request first reached the node, also over re-issues, in the loop's time: where deadlines count from. */
 uint64_t request_reached_ns(struct request *req, const struct node *node);
 

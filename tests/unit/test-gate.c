@@ -421,7 +421,7 @@ static void park(void *arg)
         p->v.result = gate_enter(slot, &pass);
     if (p->v.result < 0)
         return;
-    p->parked = gate_park(&pass, p->deadline_ns);
+    p->parked = gate_park_until(&pass, p->deadline_ns);
     if (p->parked == -ERESTART)
         p->v.result = gate_step_back(slot, &pass);
     if (p->v.result < 0)

@@ -4,6 +4,7 @@
 #include "base/atomic.h"
 #include "base/macros.h"
 #include "base/number.h"
+#include "filters/list.h"
 #include "formats/list.h"
 #include "loop/loop.h"
 #include "protocols/list.h"
@@ -143,7 +144,8 @@ struct loop *tool_co_second_loop(void)
 
 static void co_fn control_fn run_body(void *arg)
 {
-    static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
+    static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers,
+                                                          filter_drivers, NULL};
     struct run *run = arg;
     struct graph *g = graph_new(drivers);
 
