@@ -305,6 +305,7 @@ static int co_fn read_found(const struct found *f, struct request *req)
 {
     switch (f->kind) {
     case FOUND_DATA:
+        edge_co_announce(f->layer->file, EVENT_READ_AIO, req);
         return read_file(f->host, req, f->host_offset);
     case FOUND_ENCODED:
         return f->layer->driver->co_read_encoded(f->layer, req, f->host_offset);
@@ -329,6 +330,8 @@ int chain_co_read(struct node *top, struct request *req)
         r = find(top, req, req->offset + done, req->len - done, &f);
         if (r < 0)
             return r;
+        if (f.layer && f.layer != top)
+            edge_co_announce(top->file, EVENT_READ_BACKING_AIO, req);
         if (f.len == req->len && req->iov_count <= PIECE_IOV) {
             r = read_found(&f, req);
         } else {

@@ -495,6 +495,7 @@ int qcow2_alloc_get(struct qcow2 *q, const struct request *by, uint64_t want,
 {
     int r = 0;
 
+    edge_co_announce(q->file, EVENT_CLUSTER_ALLOC, by);
     while (r == 0 && !take_from_pool(q, want, ret)) {
         r = co_mutex_lock_until(&q->alloc.lock, LOOP_FOREVER);
         if (r < 0)
@@ -556,8 +557,10 @@ static int co_fn pack_into(struct qcow2 *q, const struct request *by, size_t len
 
 int qcow2_alloc_packed(struct qcow2 *q, const struct request *by, size_t len, uint64_t *ret_host)
 {
-    int r = co_mutex_lock_until(&q->alloc.lock, LOOP_FOREVER);
+    int r;
 
+    edge_co_announce(q->file, EVENT_CLUSTER_ALLOC_BYTES, by);
+    r = co_mutex_lock_until(&q->alloc.lock, LOOP_FOREVER);
     if (r < 0)
         return r;
     r = pack_into(q, by, len, ret_host);

@@ -182,6 +182,7 @@ static int co_fn decompress_entry(struct qcow2 *q, const struct request *by, uin
         return -ENOMEM;
     c.in = b->data;
     c.in_len = (size_t)len;
+    edge_co_announce(q->file, EVENT_READ_COMPRESSED, by);
     r = qcow2_read_meta(q, by, offset, b, 0, (size_t)len);
     if (r == 0)
         r = loop_co_compute(decompress, &c);
@@ -251,6 +252,7 @@ static int co_fn store(struct qcow2 *q, const struct request *req, uint64_t clus
     r = qcow2_slice_pin(q, req, cluster, true, &s);
     if (r == 0)
         r = qcow2_alloc_packed(q, req, len, &host);
+    edge_co_announce(q->file, EVENT_WRITE_COMPRESSED, req);
     if (r == 0)
         r = qcow2_write_meta(q, req, host, b, 0, len);
     if (r == 0) {

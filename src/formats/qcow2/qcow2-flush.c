@@ -237,10 +237,12 @@ static void co_fn write_pieces(void *arg)
     while (p->result == 0 && p->next < p->count) {
         const struct picture_piece *piece = &p->pieces[p->next++];
         struct iobuf *b = piece->memory->b;
-        int r = qcow2_guard_write(p->q, p->by,
-                                  piece->slice ? QCOW2_GUARD_ACTIVE_L2 : QCOW2_GUARD_ACTIVE_L1,
-                                  piece->offset, piece->len);
+        int r;
 
+        edge_co_announce(p->q->file, piece->slice ? EVENT_L2_UPDATE : EVENT_L1_UPDATE, p->by);
+        r = qcow2_guard_write(p->q, p->by,
+                              piece->slice ? QCOW2_GUARD_ACTIVE_L2 : QCOW2_GUARD_ACTIVE_L1,
+                              piece->offset, piece->len);
         if (r == 0)
             r = qcow2_write_meta(p->q, p->by, piece->offset, b, (size_t)(piece->bytes - b->data),
                                  piece->len);
@@ -391,8 +393,10 @@ int qcow2_flush_mappings(struct qcow2 *q, const struct request *by)
 int qcow2_co_flush(struct node *node, struct request *req)
 {
     struct qcow2 *q = node_state(node);
-    int r = qcow2_flush_mappings(q, req);
+    int r;
 
+    edge_co_announce(q->file, EVENT_FLUSH_TO_OS, req);
+    r = qcow2_flush_mappings(q, req);
     return r < 0 ? r : qcow2_alloc_settle(q, req);
 }
 

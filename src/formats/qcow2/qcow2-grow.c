@@ -199,8 +199,10 @@ static int co_fn change_table(struct qcow2 *q, const struct request *by, const s
     uint64_t offset = (g->first + g->blocks) << q->cluster_bits;
     uint64_t old = q->alloc.table_offset;
     uint64_t old_clusters = (uint64_t)q->alloc.table_size * QCOW2_ENTRY_LEN >> q->cluster_bits;
-    int r = point_header_to(q, by, offset, g->table_clusters);
+    int r;
 
+    edge_co_announce(q->file, EVENT_REFBLOCK_ALLOC_SWITCH_TABLE, by);
+    r = point_header_to(q, by, offset, g->table_clusters);
     if (r == 0)
         r = qcow2_sync(q, by);
     if (r < 0)
@@ -223,6 +225,7 @@ static int co_fn extend_table(struct qcow2 *q, const struct request *by, const s
 
     first = align_down(first, unit);
     last = MIN(align_up(last + 1, unit), (uint64_t)q->alloc.table_size);
+    edge_co_announce(q->file, EVENT_REFTABLE_UPDATE, by);
     r = write_table(q, by, q->alloc.table, q->alloc.table_offset, first, last - first);
     return r < 0 ? r : qcow2_sync(q, by);
 }
@@ -258,9 +261,12 @@ static int co_fn write_new(struct qcow2 *q, const struct request *by, struct gro
 
     grow.flags = REQUEST_GROW;
     r = q->alloc.grows ? edge_co_request(q->file, &grow) : 0;
+    if (g->blocks)
+        edge_co_announce(q->file, EVENT_REFBLOCK_ALLOC_WRITE_BLOCKS, by);
     if (r == 0)
         r = write_counts(q, by, g);
     if (r == 0 && table) {
+        edge_co_announce(q->file, EVENT_REFBLOCK_ALLOC_WRITE_TABLE, by);
         enter_blocks(q, g, table, true);
         r = write_table(q, by, table, (g->first + g->blocks) << q->cluster_bits, 0, g->table_size);
     }
@@ -318,7 +324,10 @@ int qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint6
     r = find_place(q, by, &g);
     if (r == 0)
         r = fit(q, &g, least);
+    if (g.blocks)
+        edge_co_announce(q->file, EVENT_REFBLOCK_ALLOC, by);
     if (r == 0 && g.table_clusters) {
+        edge_co_announce(q->file, EVENT_REFTABLE_GROW, by);
         table = grown_table(q, &g);
         r = table ? 0 : -ENOMEM;
     }

@@ -271,8 +271,10 @@ static int co_fn slice_read(struct qcow2 *q, const struct request *by, uint64_t 
     b = iobuf_new(bytes);
     s = try_alloc(1, slice_memory(q));
     r = b && s ? 0 : -ENOMEM;
-    if (r == 0)
+    if (r == 0) {
+        edge_co_announce(q->file, EVENT_L2_LOAD, by);
         r = qcow2_read_meta(q, by, qcow2_slice_offset(q, slice_index), b, 0, bytes);
+    }
     if (r == 0) {
         s->index = slice_index;
         touch(q, slice_index); /* whoever wants to pin it finds it, even if all others are dirty */
@@ -539,6 +541,7 @@ static int co_fn make_table(struct qcow2 *q, const struct request *by, uint64_t 
 
     if (r < 0)
         return r;
+    edge_co_announce(q->file, EVENT_L2_ALLOC_WRITE, by);
     if (!at.fresh)
         r = zero_table(q, by, at.host_offset);
     if (r == 0)
@@ -555,10 +558,16 @@ static int co_fn copy_table(struct qcow2 *q, const struct request *by, uint64_t 
 {
     size_t bytes = (size_t)qcow2_cluster_size(q);
     struct iobuf *b = iobuf_new(bytes);
-    int r = b ? qcow2_read_meta(q, by, from, b, 0, bytes) : -ENOMEM;
+    int r = b ? 0 : -ENOMEM;
 
-    if (r == 0)
+    if (r == 0) {
+        edge_co_announce(q->file, EVENT_L2_ALLOC_COW_READ, by);
+        r = qcow2_read_meta(q, by, from, b, 0, bytes);
+    }
+    if (r == 0) {
+        edge_co_announce(q->file, EVENT_L2_ALLOC_WRITE, by);
         r = qcow2_write_meta(q, by, to, b, 0, bytes);
+    }
     iobuf_unref(b);
     return r;
 }

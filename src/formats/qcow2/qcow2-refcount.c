@@ -104,6 +104,7 @@ int qcow2_block_get(struct qcow2 *q, const struct request *by, uint64_t index,
                              "entry %" PRIu64 " of the refcount table points to %" PRIu64
                              ", where no refcount block can be",
                              index, offset);
+    edge_co_announce(q->file, EVENT_REFBLOCK_LOAD, by);
     b = iobuf_new(bytes);
     block = qcow2_block_new(q, index);
     r = b && block ? qcow2_read_meta(q, by, offset, b, 0, bytes) : -ENOMEM;
@@ -129,6 +130,7 @@ int qcow2_block_write(struct qcow2 *q, const struct request *by, uint64_t offset
 
     if (!b)
         return -ENOMEM;
+    edge_co_announce(q->file, EVENT_REFBLOCK_UPDATE_PART, by);
     memcpy(b->data, block->bytes + from, (size_t)(to - from));
     r = qcow2_guard_write(q, by, QCOW2_GUARD_REFCOUNT_BLOCK, offset + from, to - from);
     if (r == 0)

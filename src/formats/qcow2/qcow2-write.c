@@ -48,6 +48,7 @@ static int co_fn write_in_place(struct qcow2 *q, struct request *req, uint64_t d
         if (map.len < req->len)
             *ret_len = request_slice(&piece, req, done, map.len, iov, PIECE_IOV);
         piece.flags &= ~(unsigned)REQUEST_FUA; /* the core flushes: the mapping counts, too */
+        edge_co_announce(q->file, EVENT_WRITE_AIO, req);
         if (likely(!qcow2_has_data_file(q)))
             r = qcow2_guard_write(q, req, 0, map.host_offset, *ret_len);
         if (likely(r == 0))
@@ -292,6 +293,7 @@ static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const s
     struct iobuf *b = iobuf_new((size_t)bytes);
     int r = b ? 0 : -ENOMEM;
 
+    edge_co_announce(q->file, EVENT_COW_READ, req);
     if (r == 0 && head)
         r = read_old(q, req, p, start, head, b, 0);
     if (r == 0 && tail)
@@ -304,6 +306,8 @@ static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const s
         write.iov = &iov;
         write.iov_count = 1;
         write.hold = b;
+        edge_co_announce(q->file, EVENT_COW_WRITE, req);
+        edge_co_announce(q->file, EVENT_WRITE_AIO, req);
         r = edge_co_request(q->data, &write);
     }
     iobuf_unref(b);
@@ -323,6 +327,7 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
     piece.flags &= ~(unsigned)REQUEST_FUA;
     if (len < req->len && request_slice(&piece, req, done, len, iov, PIECE_IOV) < len)
         return write_mixed(q, req, p, done, len); /* more vectors than fit */
+    edge_co_announce(q->file, EVENT_WRITE_AIO, req);
     return edge_co_request_at(q->data, &piece, p->at.host_offset + head);
 }
 
@@ -367,6 +372,8 @@ static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing
     p->count = p->at.count;
     *ret_len = MIN(req->len - done, ((p->cluster + p->count) << q->cluster_bits) - offset);
     r = write_data(q, req, p, done, *ret_len);
+    if (r == 0 && p->replaces)
+        edge_co_announce(q->file, EVENT_CLUSTER_FREE, req);
     if (r == 0)
         publish(q, p);
     else if (!p->reuses)
@@ -577,8 +584,10 @@ static int co_fn clear_piece(struct qcow2 *q, const struct request *req, uint64_
     if (r < 0)
         return r;
     r = qcow2_slice_pin(q, req, first, !skips_unmapped(q, how), &s);
-    if (r == 0 && s)
+    if (r == 0 && s) {
+        edge_co_announce(q->file, EVENT_CLUSTER_FREE, req);
         r = clear_clusters(q, req, s, first, count, how);
+    }
     chain_changed(q->node, first << q->cluster_bits, count << q->cluster_bits);
     if (s)
         qcow2_slice_unpin(q, s);

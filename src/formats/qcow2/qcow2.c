@@ -75,8 +75,10 @@ int qcow2_write_mark(struct qcow2 *q, const struct request *by, struct iobuf *b)
 int qcow2_sync_edge(struct qcow2 *q, struct edge *e, const struct request *by)
 {
     struct request req = request_for(by, REQUEST_FLUSH, 0, 0);
-    int r = edge_co_request(e, &req);
+    int r;
 
+    edge_co_announce(q->file, EVENT_FLUSH_TO_DISK, by);
+    r = edge_co_request(e, &req);
     if (unlikely(r < 0) && r != -ECANCELED && r != -ERESTART && r != -ETIMEDOUT)
         atomic_set(&q->sync_failed, true);
     return r;
