@@ -58,15 +58,16 @@ class Pair:
         for _, where in self.sides:
             run(*command, cwd=where)
 
-    def results(self, commands, image, options, text):
+    @staticmethod
+    def result(side, commands, image, options, text=""):
+        io, where = side
         words = [w for c in commands for w in ("-c", c)]
-        for io, where in self.sides:
-            done = subprocess.run([io, *options, *words, *([image] if image else [])], cwd=where, input=text.encode(),
-                                  capture_output=True, timeout=PATIENCE, check=False)
-            yield done.returncode, without_times(done.stdout.decode()), done.stderr.decode()
+        done = subprocess.run([io, *options, *words, *([image] if image else [])], cwd=where, input=text.encode(),
+                              capture_output=True, timeout=PATIENCE, check=False)
+        return done.returncode, without_times(done.stdout.decode()), done.stderr.decode()
 
     def same(self, *commands, image="a.qcow2", options=(), text="", any_order=False):
-        peer, ours = self.results(commands, image, options, text)
+        peer, ours = (self.result(side, commands, image, options, text) for side in self.sides)
         lines = [sorted(r[1].splitlines()) if any_order else r[1].splitlines() for r in (peer, ours)]
         changed = "\n".join(difflib.unified_diff(*lines, "peer", "ours", lineterm="", n=1))
         context = "\n".join([changed, *commands, image or "", *options, peer[2], ours[2]])
@@ -74,7 +75,7 @@ class Pair:
         return ours
 
     def ours(self, *commands, image="a.qcow2", options=()):
-        return list(self.results(commands, image, options, ""))[1]
+        return self.result(self.sides[1], commands, image, options)
 
     def same_disks(self, *images):
         (_, peer), (_, ours) = self.sides
@@ -189,7 +190,7 @@ def test_their_results_do_not_fail_the_command(pair):
     ["open -o driver=qcow2 a.qcow2", "length"], ["open -o driver=qcow2,file.filename=a.qcow2", "info"],
     ["open -o driver=qcow2 -o file.filename=a.qcow2", "info"], ["open -o driver=raw r.raw", "map", "alloc 0 1M", "info"],
     ["open -o nothing=1 a.qcow2", "length"], ["quit", "length"], ["quit now"], ["nothing", "quit"], ["", "  ", " length "],
-    ["sigraise x", "sigraise 9999"], ["sleep x"], ["sleep"], ["truncate -m x 1M"], ["flush now"], ["alloc"], ["alloc 1 2 3"],
+    ["help", "?"], ["sigraise x", "sigraise 9999"], ["sleep x"], ["sleep"], ["truncate -m x 1M"], ["flush now"], ["alloc"], ["alloc 1 2 3"],
     ["write 0 512", "discard 0 1", "truncate 1", "aio_write 0 1", "flush", "length"],
     ["l", "r 0 512", "open a.qcow2", "l", "r 0 512", "w 0 512", "d 0 512", "a 0", "f", "t 5M", "i", "c", "q", "l"],
 ])
@@ -252,6 +253,105 @@ def test_a_file_that_ends_within_a_sector(pair):
     pair.same("read 999990 10", "read -P 0 1000000 10", "read 999424 1024", "read 1000448 1", "length", "write 999936 64",
               "write 999936 128", "length", image="odd.raw", options=["-f", "raw"])
     pair.same_disks("odd.raw")
+
+
+SUSPENDED = [
+    ["break write_aio A", "aio_write 0 512", "wait_break A", "resume A", "aio_flush"],
+    ["break write_aio A", "aio_write 0 512", "wait_break A", "remove_break A", "aio_flush"],
+    ["break write_aio A", "aio_write 0 512", "wait_break A", "remove_break A", "remove_break A", "resume A", "close"],
+    ["break write_aio A", "break write_aio B", "aio_write 0 512", "wait_break A", "resume A", "wait_break B", "resume B",
+     "aio_flush"],
+    ["break write_aio A", "aio_write 0 512", "aio_write 64k 512", "wait_break A", "resume A", "aio_flush"],
+    ["break write_aio A", "remove_break A", "remove_break A", "aio_write -q 0 512", "aio_flush", "read -P 0xcd 0 512"],
+    ["break nothing A"], ["resume A"], ["remove_break A"], ["break write_aio"], ["wait_break"], ["break a b c"],
+    ["write -q 0 64k", "break read_aio A", "aio_read -P 0xcd 0 512", "wait_break A", "resume A", "aio_flush"],
+    ["break cow_write A", "aio_write -P 5 512 512", "wait_break A", "write -q -P 6 1M 64k", "read -P 7 512 512", "resume A",
+     "aio_flush", "read -P 5 512 512", "read -P 6 1M 64k", "read -P 7 1024 512"],
+    ["info", "length", "map"],
+]
+
+
+@pytest.mark.parametrize("commands", SUSPENDED)
+def test_suspended_requests(pair, commands):
+    pair.same(*commands, image="blkdebug::b.qcow2", any_order=sum("aio_" in c for c in commands) > 2)
+    pair.same_disks("b.qcow2")
+
+
+# The peer waits for ever.
+ENDS = [["quit"], [], ["aio_flush"], ["close"], ["truncate 5M", "length"], ["flush"], ["reopen -r", "read -P 0xcd 0 512"],
+        ["discard 1M 64k", "write -q 2M 64k"]]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("options", [[], ["-t", "writeback"]])
+def test_nothing_waits_for_a_suspended_request(pair, end, options):
+    status, output, message = pair.ours("break write_aio A", "aio_write 0 512", "wait_break A", *end, image="blkdebug::a.qcow2",
+                                        options=options)
+    assert (status, message) == (0, "")
+    assert output.startswith("blkdebug: Suspended request 'A'\n") and "blkdebug: Resuming request 'A'\n" in output
+    assert "wrote 512/512 bytes at offset 0\n" in output
+    run("qemu-img", "check", "-q", os.path.join(pair.sides[1][1], "a.qcow2"))
+
+
+EVENTS = [
+    ("read_aio", ["write -q 0 64k"], "aio_read 0 512"), ("read_backing_aio", [], "aio_read 0 512"),
+    ("read_compressed", ["write -q -c 0 64k"], "aio_read 0 512"), ("write_aio", [], "aio_write 0 64k"),
+    ("cow_read", [], "aio_write 512 512"), ("cow_write", [], "aio_write 512 512"), ("l2_load", [], "aio_read 3M 512"),
+    ("l2_alloc_write", [], "aio_write 0 512"), ("cluster_alloc", [], "aio_write 0 512"),
+    ("refblock_update_part", [], "aio_write 0 512"), ("cluster_free", ["write -q 0 64k"], "aio_write -zu 0 64k"),
+    ("flush_to_os", [], "aio_write -f 0 512"), ("flush_to_disk", [], "aio_write -f 0 512"), ("l2_update", [], "aio_write -f 0 512"),
+    ("l1_update", [], "aio_write -f 0 512"), ("pwritev", [], "aio_write 0 512"), ("pwritev_done", [], "aio_write 0 512"),
+]
+
+
+@pytest.mark.parametrize("event,before,request_", EVENTS)
+def test_events(pair, event, before, request_):
+    """Each of them stops the request that comes there, and it ends as it should when it goes on."""
+    image = "driver=qcow2,file.driver=fault,file.image.filename=b.qcow2"
+    _, where = pair.sides[1]
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "b.qcow2", "4M", cwd=where)
+    if event == "l2_load":
+        run(PEER, "-c", "write -q 3M 512", "b.qcow2", cwd=where)
+    if before:  # in a process of its own, so that nothing is cached
+        run(PEER, "-f", "qcow2", *[w for c in before for w in ("-c", c)], "b.qcow2", cwd=where)
+    status, output, message = pair.ours(f"break {event} E", request_, "wait_break E", "resume E", "aio_flush", image=image,
+                                        options=["--image-opts", "-t", "writeback"])
+    assert (status, message) == (0, "") and "Suspended request 'E'\nblkdebug: Resuming request 'E'\n" in output
+    assert re.search(r"(read|wrote) \d+/\d+ bytes", output)
+    run("qemu-img", "check", "-q", os.path.join(where, "b.qcow2"))
+
+
+@pytest.mark.parametrize("commands,what", [
+    (["wait_break A"], "no breakpoint 'A'"), (["break write_aio A", "wait_break A"], "no request is under way"),
+    (["break l2_update A", "aio_read 0 512", "wait_break A"], "no request is under way"),
+    (["break vmstate_load A"], "does not happen here"),
+])
+def test_what_would_wait_for_ever(pair, commands, what):
+    status, _, message = pair.ours(*commands, image="blkdebug::a.qcow2")
+    assert status == 1 and what in message
+
+
+def test_a_command_that_waits_is_not_suspended(pair):
+    status, output, _ = pair.ours("break write_aio A", "write -P 3 0 512", "read -P 3 0 512", "aio_write 0 512", "wait_break A",
+                                  image="blkdebug::a.qcow2", options=["-t", "writeback"])
+    assert status == 0 and output.index("wrote") < output.index("Suspended")
+
+
+@pytest.mark.parametrize("image,options,what", [
+    ("blkdebug:rules:a.qcow2", [], "rules of blkdebug"), ("blkdebug:a.qcow2", [], "blkdebug::NAME"),
+    ("blkdebug::", [], "empty"), ("driver=qcow2,file.driver=blkdebug,file.image.filename=a.qcow2", ["--image-opts"], "fault"),
+    ("driver=qcow2,file.driver=fault,file.image.filename=a.qcow2,file.config=x", ["--image-opts"], "rules"),
+    ("driver=qcow2,file.driver=fault", ["--image-opts"], "image"),
+])
+def test_rules_are_refused(pair, image, options, what):
+    status, _, message = pair.ours("length", image=image, options=options)
+    assert status == 1 and what in message and len(message.splitlines()) == 1
+
+
+def test_without_the_filter_there_are_no_breakpoints(pair):
+    for command in "break write_aio A", "resume A", "remove_break A", "wait_break A":
+        status, output, message = pair.ours(command)
+        assert status == 1 and ("Operation not supported" in output or "no breakpoint" in message)
 
 
 REFUSED = [

@@ -170,10 +170,10 @@ static void random_line(struct prng *prng, char *line, size_t size)
 static int co_fn control_fn run_script(struct graph *g, void *arg, struct error **err)
 {
     struct script *s = arg;
-    struct io io = {.graph = g};
+    struct io io;
 
     (void)err;
-    co_scope_init(&io.async);
+    io_init(&io, g);
     for (size_t i = 0; i < s->count; i++)
         io_run_line(&io, s->lines[i]);
     for (int i = 0; s->prng && i < 200; i++) {

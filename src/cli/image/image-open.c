@@ -108,10 +108,30 @@ static const char *driver_of_file(const char *path)
                                                                                 : "file";
 }
 
+/* `blkdebug:RULES:NAME`, the peer's name for a filter: without rules it is our `fault`. */
+static int fault_definition(const char *name, json_t **ret, struct error **err)
+{
+    const char *rules = strchr(name, ':') + 1;
+    const char *below = strchr(rules, ':');
+    json_t *image;
+    int r;
+
+    if (!below)
+        return error_set(err, EINVAL, "'%s': it is blkdebug::NAME", name);
+    if (below != rules)
+        return error_set(err, ENOTSUP, "'%s': rules of blkdebug are not supported yet", name);
+    r = image_file_definition(below + 1, &image, err);
+    if (r == 0)
+        *ret = json_pack("{s:s, s:o}", "driver", "fault", "image", image);
+    return r;
+}
+
 int image_file_definition(const char *name, json_t **ret, struct error **err)
 {
     const char *driver = NULL;
 
+    if (has_protocol(name, "blkdebug"))
+        return fault_definition(name, ret, err);
     if (has_protocol(name, "file")) {
         name += strlen("file:");
         driver = driver_of_file(name);
@@ -150,11 +170,35 @@ static void wanted_release(struct wanted *w)
     free(w->format);
 }
 
+static bool is_fault(const json_t *file)
+{
+    const char *driver = json_string_value(json_object_get(file, "driver"));
+
+    return driver && strcmp(driver, "fault") == 0;
+}
+
+/* What the filters in a file's definition stand on. */
+static const json_t *bottom_of(const json_t *file)
+{
+    while (is_fault(file))
+        file = json_object_get(file, "image");
+    return file;
+}
+
 static int complete_file(json_t *file, struct error **err)
 {
     const char *filename = json_string_value(json_object_get(file, "filename"));
+    const char *driver = json_string_value(json_object_get(file, "driver"));
 
-    if (json_object_get(file, "driver"))
+    if (driver && strcmp(driver, "blkdebug") == 0)
+        return error_set(err, ENOTSUP,
+                         "driver 'blkdebug' is not supported yet: without rules it is 'fault'");
+    if (is_fault(file)) {
+        if (!json_is_object(json_object_get(file, "image")))
+            return error_set(err, EINVAL, "driver 'fault' needs the options of its `image`");
+        return complete_file(json_object_get(file, "image"), err);
+    }
+    if (driver)
         return 0;
     if (!filename)
         return error_set(err, EINVAL, "neither `driver` nor `filename` is given");
@@ -579,7 +623,7 @@ static int co_fn control_fn add_layer(struct image *image, struct wanted *w, str
 {
     size_t i = image->count;
     struct image_layer *layer = append_layer(image);
-    const char *path = json_string_value(json_object_get(w->file, "filename"));
+    const char *path = json_string_value(json_object_get(bottom_of(w->file), "filename"));
     int r;
 
     if (i == IMAGE_LAYERS_MAX)

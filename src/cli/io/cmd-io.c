@@ -45,10 +45,10 @@ static void co_fn control_fn run_lines(struct io *io, const struct io_run *run)
 static int co_fn control_fn io_main(struct graph *g, void *arg, struct error **err)
 {
     struct io_run *run = arg;
-    struct io io = {.graph = g};
+    struct io io;
     int r = 0;
 
-    co_scope_init(&io.async);
+    io_init(&io, g);
     if (run->how.name)
         r = io_open_image(&io, &run->how, err);
     if (r == 0)

@@ -61,6 +61,7 @@ static void co_fn run(void *arg)
         io_report_print(&a->report);
     }
     (void)fflush(stdout); /* whoever waits for it may read us through a pipe */
+    io_wake(a->io);
     async_free(a);
 }
 
@@ -218,6 +219,6 @@ int io_cmd_aio_flush(struct io *io, int argc, char **argv)
 {
     (void)argc;
     (void)argv;
-    co_scope_join(&io->async);
+    io_join(io);
     return 0;
 }

@@ -51,6 +51,10 @@ static const struct io_command commands[] = {
      " -z, -- write zeroes\n"},
     {"alloc", "a", io_cmd_alloc, 1, 2, 0, "offset [count]",
      "checks if offset is allocated in the file", NULL},
+    {"break", NULL, io_cmd_break, 2, 2, 0, "event tag",
+     "sets a breakpoint on event and tags the stopped request as tag",
+     " Holds the first request of aio_read or aio_write that comes to the event; a command that waits for its\n"
+     " own request is not held. The image's file is behind a filter then: driver=fault, or blkdebug::PATH.\n"},
     {"close", "c", io_cmd_close, 0, 0, 0, NULL, "close the current open file", NULL},
     {"discard", "d", io_cmd_discard, 2, -1, IO_WRITES, "[-Cq] off len",
      "discards a number of bytes at a specified offset",
@@ -107,6 +111,7 @@ static const struct io_command commands[] = {
      " -P, -- use a pattern to verify read data\n"
      " -v, -- dump buffer to standard output\n"
      " -q, -- quiet mode, do not show I/O statistics\n"},
+    {"remove_break", NULL, io_cmd_remove_break, 1, 1, 0, "tag", "remove a breakpoint by tag", NULL},
     {"reopen", NULL, io_cmd_reopen, 0, -1, 0, "[(-r|-w)] [-c cache] [-o options]",
      "reopens an image with new options",
      " Closes the image when what is under way has ended, and opens it again.\n"
@@ -115,6 +120,7 @@ static const struct io_command commands[] = {
      " -w, -- Reopen the image read-write\n"
      " -c, -- Change the cache mode to the given value\n"
      " -o, -- refused: close the image, and open it\n"},
+    {"resume", NULL, io_cmd_resume, 1, 1, 0, "tag", "resumes the request tagged as tag", NULL},
     {"sigraise", NULL, raise_signal, 1, 1, IO_NO_IMAGE, "signal", "raises a signal",
      " Example:\n"
      " 'sigraise 15' - raises SIGTERM\n"},
@@ -122,6 +128,8 @@ static const struct io_command commands[] = {
      NULL},
     {"truncate", "t", io_cmd_truncate, 1, 3, IO_WRITES, "[-m prealloc_mode] off",
      "truncates the current file at the given offset", NULL},
+    {"wait_break", NULL, io_cmd_wait_break, 1, 1, 0, "tag", "waits for the suspension of a request",
+     NULL},
     {"write", "w", io_cmd_write, 2, -1, IO_WRITES,
      "[-bcCfnquz] [-P pattern | -s source_file] off len",
      "writes a number of bytes at a specified offset",
@@ -165,10 +173,6 @@ static const struct {
     {"zone_finish", "zoned devices are not supported"},
     {"zone_reset", "zoned devices are not supported"},
     {"zone_append", "zoned devices are not supported"},
-    {"break", "breakpoints are not supported yet"},
-    {"remove_break", "breakpoints are not supported yet"},
-    {"wait_break", "breakpoints are not supported yet"},
-    {"resume", "breakpoints are not supported yet"},
 };
 
 int io_say(const char *fmt, ...)
@@ -326,6 +330,12 @@ static int co_fn control_fn run(struct io *io, int argc, char **argv)
     optind = 0; /* getopt begins anew, and says itself what is wrong */
     opterr = 1;
     return c->run(io, argc, argv);
+}
+
+void io_init(struct io *io, struct graph *g)
+{
+    *io = (struct io){.graph = g, .co = co_self()};
+    co_scope_init(&io->async);
 }
 
 void io_run_line(struct io *io, const char *line)

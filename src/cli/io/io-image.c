@@ -45,6 +45,7 @@ int io_open_image(struct io *io, struct io_open *how, struct error **err)
     io->is_open = true;
     io->how = *how;
     *how = (struct io_open){.name = NULL};
+    io_find_fault(io);
     if (io->how.flags & IMAGE_WRITE)
         image_warn_probed(&io->image);
     return 0;
@@ -54,7 +55,8 @@ void io_close_image(struct io *io)
 {
     if (!io->is_open)
         return;
-    co_scope_join(&io->async);
+    io_join(io);
+    io->fault = NULL;
     image_co_close(&io->image);
     io_open_release(&io->how);
     io->is_open = false;

@@ -9,6 +9,7 @@
  *   io-transfer.c  bytes to and from the image
  *   io-read.c, io-write.c   commands that do that, and wait for it
  *   io-async.c     those that do not wait
+ *   io-fault.c     breakpoints
  *   io-text.c      numbers as they are read and printed
  *   io-lines.c     standard input
  */
@@ -42,6 +43,9 @@ struct io {
     struct io_open how;
     bool is_open;
     struct co_scope async; /* commands that nobody waits for */
+    struct co *co;         /* runs the commands */
+    struct node *fault;    /* in the image; or NULL */
+    struct co_wait *pause; /* of wait_break: ended by whatever may be what it waits for */
     bool failed;           /* a command has */
     bool quit;
 };
@@ -76,6 +80,19 @@ io_command_fn io_help;
 int io_wrong_usage(const char *name);
 /* A message behind the program's name. -EINVAL. */
 int io_say(const char *fmt, ...) PRINTF_LIKE(1, 2);
+
+/* On the coroutine that will run the lines. */
+void co_fn io_init(struct io *io, struct graph *g);
+
+/* ---- io-fault.c ---- */
+
+io_command_fn io_cmd_break, io_cmd_remove_break, io_cmd_resume, io_cmd_wait_break;
+/* After opening: finds the image's breakpoints. */
+void io_find_fault(struct io *io);
+/* What breakpoints hold goes on, and all have ended when it returns. */
+void co_fn io_join(struct io *io);
+/* Something has happened that wait_break may wait for. */
+void io_wake(struct io *io);
 
 /* ---- io-image.c ---- */
 
