@@ -228,10 +228,10 @@ static void put_back_graced(struct qcow2 *q, struct qcow2_run *run)
     tiny_lock_release(&q->lock);
 }
 
-/* A request that has to be sent back, or is cancelled, leaves to others what it was about. */
+/* A request that has to be sent back, or whose waiter has left, leaves to others what it was about. */
 static bool is_sent_back(int r)
 {
-    return r == -ECANCELED || r == -ERESTART;
+    return r == -ECANCELED || r == -ERESTART || r == -ETIMEDOUT;
 }
 
 /* Is it free now, and known to be? 0: others may have it, and it leaks. */

@@ -144,7 +144,7 @@ static int co_fn begin_in_time(struct run *c, struct error **err)
         r = b.result;
     if (r == -EBUSY)
         return error_set(err, EBUSY, "the image is being checked already");
-    if (r == -ECANCELED)
+    if (r == -ETIMEDOUT)
         return error_set(err, ETIMEDOUT, "the image's writers do not end in time");
     return r < 0 ? error_set(err, -r, "cannot flush the image: %s", strerror(-r)) : 0;
 }
