@@ -129,6 +129,21 @@ static inline void co_fn control_fn import_fuzz_body(void *arg)
     graph_co_free(g);
 }
 
+/* Without what is zeroes: images are large. */
+static inline void import_fuzz_put(struct sim_disk *disk, const struct image_bytes *i)
+{
+    struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = i->len};
+    static const uint8_t zeroes[4096];
+
+    sim_disk_make(disk, "/disk/image", &setup);
+    for (size_t at = 0; at < i->len; at += sizeof(zeroes)) {
+        size_t len = MIN(sizeof(zeroes), i->len - at);
+
+        if (memcmp(i->bytes + at, zeroes, len) != 0)
+            sim_disk_write(disk, "/disk/image", at, i->bytes + at, len);
+    }
+}
+
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     (void)argc;
@@ -140,7 +155,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR};
     struct image_bytes image;
     struct sim_disk *disk;
     struct sim_options o;
@@ -159,8 +173,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (data[1] & 2)
         image.len -= image.len * data[2] / 256; /* cut off */
     disk = sim_disk_new();
-    sim_disk_make(disk, "/disk/image", &setup);
-    sim_disk_write(disk, "/disk/image", 0, image.bytes, image.len);
+    import_fuzz_put(disk, &image);
     image_bytes_free(&image);
     sim_options_init(&o, 1);
     o.disk = disk;
