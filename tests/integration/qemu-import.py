@@ -2,6 +2,7 @@
 """Images of formats that are only read, made and written by QEMU: contents, map, size, checks and refusals."""
 import json
 import os
+import struct
 import subprocess
 
 import pytest
@@ -14,6 +15,10 @@ MADE = [
     ("vdi", "", "1"),
     ("vdi", "", "3000k"),
     ("vdi", "static=on", "5M"),
+    ("vhdx", "", "10M"),
+    ("vhdx", "block_size=1M", "3000k"),
+    ("vhdx", "block_size=2M,block_state_zero=off", "5M"),
+    ("vhdx", "subformat=fixed", "5M"),
     ("vmdk", "", "10M"),
     ("vmdk", "", "1"),
     ("vmdk", "", "3000k"),
@@ -59,7 +64,7 @@ def test_what_the_peer_writes_is_read(tools, fmt, options, size):
     tools.same("compare", "-f", fmt, "-F", fmt, "x.img", "x.img")
 
 
-@pytest.mark.parametrize("fmt,options,size", [m for m in MADE if m[0] != "vpc"])
+@pytest.mark.parametrize("fmt,options,size", [m for m in MADE if m[0] in ("vdi", "vmdk")])
 def test_maps_are_the_same(tools, fmt, options, size):
     make(tools, fmt, options, size, *writes(size))
     tools.same("map", "-f", fmt, "x.img")
@@ -114,6 +119,85 @@ def test_check_finds_what_the_peer_finds(tools, fmt, at):
     tools.ours("convert", "--salvage", "-O", "raw", "x.img", "y.raw")
 
 
+def test_vhdx_tables_have_entries_between(tools):
+    """An entry for bitmaps follows those of each 16 blocks, if these have 256 MiB."""
+    make(tools, "vhdx", "block_size=256M", "9G", "write -P 2 4095M 2M", "write -P 4 8700M 64k")
+    tools.ours("convert", "-O", "qcow2", "x.img", "x.qcow2")
+    for pattern, at in ((2, "4095M"), (2, "4096M"), (4, "8700M")):
+        read = run("qemu-io", "-f", "qcow2", "-c", f"read -P {pattern} {at} 64k", tools.path("x.qcow2"))
+        assert "Pattern" not in read.stdout
+    present = [e for e in json.loads(tools.ours("map", "--output=json", "x.img").stdout) if e["data"]]
+    assert sum(e["length"] for e in present) == 3 * 256 << 20
+    tools.same("check", "x.img")
+    tools.same_json("check", "--output=json", "x.img")
+
+
+def crc32c(data):
+    table = []
+    for n in range(256):
+        for _ in range(8):
+            n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)
+        table.append(n)
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ table[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
+
+
+def summed(data):
+    """With its own checksum at byte 4."""
+    data = data[:4] + bytes(4) + data[8:]
+    return data[:4] + struct.pack("<I", crc32c(data)) + data[8:]
+
+
+def entry(number, tail, guid, size, writes):
+    """Of a log: (place, sector) each."""
+    descriptors, sectors = b"", b""
+    for place, sector in writes:
+        descriptors += b"desc" + sector[-4:] + sector[:8] + struct.pack("<QQ", place, number)
+        sectors += b"data" + struct.pack("<I", number >> 32) + sector[8:-4] + struct.pack("<I", number & 0xFFFFFFFF)
+    head = b"loge" + struct.pack("<IIIQII", 0, 4096 + len(sectors), tail, number, len(writes), 0)
+    return summed((head + guid + struct.pack("<QQ", size, size) + descriptors).ljust(4096, b"\0") + sectors)
+
+
+def test_a_vhdx_log_is_replayed_as_the_peer_does(tools):
+    """The image as a crash leaves it: the table of blocks is in the log only."""
+    make(tools, "vhdx", "block_size=1M", "64M", "write -P 1 0 64k")
+    with open(tools.path("x.img"), "rb") as f:
+        before = f.read()
+    tools.io("x.img", "write -P 2 5M 64k", "write -P 3 63M 64k", fmt="vhdx")
+    with open(tools.path("x.img"), "rb") as f:
+        after = bytearray(f.read())
+    tools.peer("convert", "-O", "raw", "x.img", "after.raw")
+    newest = max((65536, 131072), key=lambda at: struct.unpack_from("<Q", after, at + 8))
+    log_len, log = struct.unpack_from("<IQ", after, newest + 68)
+    bat = next(struct.unpack_from("<Q", after, at + 16)[0] for at in range(196608 + 16, 196608 + 2000, 32)
+               if after[at:at + 4] == b"\x66\x77\xc2\x2d")
+    changed = [at for at in range(bat, bat + 65536, 4096) if before[at:at + 4096] != after[at:at + 4096]]
+    assert changed
+    guid = bytes(range(16))
+    writes = [(at, bytes(after[at:at + 4096])) for at in changed]
+    old = [(at, bytes(before[at:at + 4096])) for at in changed]
+    for at in changed:
+        after[at:at + 4096] = before[at:at + 4096]
+    ring = (entry(7, log_len - 4096 * (1 + len(old)), guid, len(after), old) +
+            entry(8, log_len - 4096 * (1 + len(old)), guid, len(after), writes))
+    split = 4096 * (1 + len(old))
+    after[log:log + log_len] = ring[split:].ljust(log_len - split, b"\0") + ring[:split]
+    header = after[newest:newest + 48] + guid + after[newest + 64:newest + 4096]
+    after[newest:newest + 4096] = summed(bytes(header))
+    with open(tools.path("x.img"), "wb") as f:
+        f.write(after)
+    tools.ours("compare", "-f", "vhdx", "-F", "raw", "x.img", "after.raw")
+    tools.ours("check", "x.img")
+    with open(tools.path("x.img"), "rb") as f:
+        assert f.read() == after  # ours has written nothing
+    tools.io("x.img", "write -P 9 62M 512", fmt="vhdx")  # the peer replays when it writes
+    run("qemu-io", "-f", "raw", "-c", "write -P 9 62M 512", tools.path("after.raw"))
+    tools.peer("compare", "-f", "vhdx", "-F", "raw", "x.img", "after.raw")
+    same_content(tools, "vhdx")
+
+
 def test_vhd_images_cannot_be_checked(tools):
     make(tools, "vpc", "", "10M")
     assert tools.ours("check", "x.img", ok=(63,)).stderr
@@ -121,11 +205,12 @@ def test_vhd_images_cannot_be_checked(tools):
 
 
 def test_formats_are_probed(tools):
-    for fmt in ("vdi", "vmdk", "vpc"):
+    for fmt in ("vdi", "vhdx", "vmdk", "vpc"):
         make(tools, fmt, "", "10M", "write -P 9 1M 64k")
         assert json.loads(tools.ours("info", "--output=json", "x.img").stdout)["format"] == fmt
         tools.same("compare", "x.img", "x.img")
-        tools.same("measure", "-O", "qcow2", "x.img")
+        if fmt != "vhdx":  # of which the peer says that all is data
+            tools.same("measure", "-O", "qcow2", "x.img")
 
 
 def test_they_are_sources_and_backing_files(tools):
@@ -140,7 +225,7 @@ def test_they_are_sources_and_backing_files(tools):
     run("qemu-io", "-f", "raw", "-c", "read -P 9 1M 64k", tools.path("x.raw"))
 
 
-@pytest.mark.parametrize("fmt", ["vdi", "vmdk", "vpc"])
+@pytest.mark.parametrize("fmt", ["vdi", "vhdx", "vmdk", "vpc"])
 def test_they_are_never_written_or_made(tools, fmt):
     make(tools, fmt, "", "10M")
     before = open(tools.path("x.img"), "rb").read()

@@ -13,7 +13,7 @@
 
 bool check_imported_is_for(const char *format)
 {
-    return strcmp(format, "vdi") == 0 || strcmp(format, "vmdk") == 0;
+    return strcmp(format, "vdi") == 0 || strcmp(format, "vhdx") == 0 || strcmp(format, "vmdk") == 0;
 }
 
 /* How far from `offset` on nothing is wrong, to `end` at most. */

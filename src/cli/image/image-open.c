@@ -80,7 +80,7 @@ bool image_format_written(const char *format)
 
 static bool is_import(const char *format)
 {
-    static const char *const formats[] = {"vdi", "vmdk", "vpc"};
+    static const char *const formats[] = {"vdi", "vhdx", "vmdk", "vpc"};
 
     for (size_t i = 0; i < ARRAY_SIZE(formats); i++) {
         if (strcmp(format, formats[i]) == 0)

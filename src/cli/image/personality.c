@@ -34,7 +34,7 @@ static int print_help(void)
     for (size_t i = 0; image_commands[i]; i++)
         printf("  %s %s\n", image_commands[i]->name, image_commands[i]->arguments);
     printf("\n`qemu-img COMMAND --help` says more about one of them.\n\n"
-           "Supported formats: file host_device null-co qcow2 raw vdi vmdk vpc\n");
+           "Supported formats: file host_device null-co qcow2 raw vdi vhdx vmdk vpc\n");
     return 0;
 }
 
