@@ -99,9 +99,14 @@ int import_co_read_named(struct import *im, const struct request *by, const char
 
 /* ---- pages ---- */
 
+/* Files of one image have much in the same places, and other names as children. */
 static size_t slot_of(const struct edge *file, uint64_t offset)
 {
-    return (size_t)((offset / IMPORT_PAGE_BYTES + (uintptr_t)file / 64) % IMPORT_PAGES);
+    uint64_t h = offset / IMPORT_PAGE_BYTES;
+
+    for (const char *name = edge_name(file); *name; name++)
+        h += (uint64_t)*name * 37;
+    return (size_t)(h % IMPORT_PAGES);
 }
 
 static void put_locked(struct import_page *page)
