@@ -245,6 +245,7 @@ int import_map_blocks(struct import *im, const struct import_blocks *b, const st
         done += size;
     }
     import_page_put(im, page);
+    ret->host = b->file;
     ret->len = MIN(done, len);
     return r;
 }
