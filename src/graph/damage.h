@@ -26,7 +26,7 @@ struct node_damage {
 typedef void graph_damage_fn(const char *node_name, const struct node_damage *d, void *arg);
 
 /* Before there are nodes; without it nobody is told. */
-void control_fn graph_on_damage(struct graph *g, graph_damage_fn *fn, void *arg);
+void graph_on_damage(struct graph *g, graph_damage_fn *fn, void *arg);
 /* For drivers, from any loop. Does not wait. */
 void node_tell_damage(struct node *node, const struct node_damage *d);
 /* Waits until all that was told has arrived. There are no nodes any more. */

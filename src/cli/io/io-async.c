@@ -42,7 +42,7 @@ static void async_free(struct async *a)
     free(a);
 }
 
-static void co_fn run(void *arg)
+static void co_fn control_fn run(void *arg)
 {
     struct async *a = arg;
     int r = a->result;
@@ -140,7 +140,7 @@ static int aio_read_arguments(struct async *a, int argc, char **argv)
     return r < 0 || a->invalid ? r : read_range(a, argc, argv);
 }
 
-int io_cmd_aio_read(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_aio_read(struct io *io, int argc, char **argv)
 {
     struct async *a = async_new(io);
     int r = aio_read_arguments(a, argc, argv);
@@ -198,7 +198,7 @@ static int aio_write_arguments(struct async *a, int argc, char **argv)
     return r < 0 || a->invalid ? r : read_range(a, argc, argv);
 }
 
-int io_cmd_aio_write(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_aio_write(struct io *io, int argc, char **argv)
 {
     struct async *a = async_new(io);
     int r;
@@ -215,7 +215,7 @@ int io_cmd_aio_write(struct io *io, int argc, char **argv)
     return start(a);
 }
 
-int io_cmd_aio_flush(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_aio_flush(struct io *io, int argc, char **argv)
 {
     (void)argc;
     (void)argv;

@@ -177,7 +177,7 @@ static int open_arguments(struct io_open *how, int argc, char **argv)
     return how->name ? 0 : io_say("can't open: no path is given, and no options");
 }
 
-int io_cmd_open(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_open(struct io *io, int argc, char **argv)
 {
     struct io_open how = io_open_default();
     struct error *err = NULL;
@@ -194,7 +194,7 @@ int io_cmd_open(struct io *io, int argc, char **argv)
     return r;
 }
 
-int io_cmd_close(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_close(struct io *io, int argc, char **argv)
 {
     (void)argc;
     (void)argv;
@@ -244,7 +244,7 @@ static struct io_open open_copy(const struct io_open *how)
     return copy;
 }
 
-int io_cmd_reopen(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_reopen(struct io *io, int argc, char **argv)
 {
     struct io_open before = open_copy(&io->how);
     struct io_open how = open_copy(&io->how);
@@ -272,7 +272,7 @@ int io_cmd_reopen(struct io *io, int argc, char **argv)
 
 /* ---- size ---- */
 
-int io_cmd_flush(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_flush(struct io *io, int argc, char **argv)
 {
     int r = image_co_flush(io->image.backend);
 
@@ -281,7 +281,7 @@ int io_cmd_flush(struct io *io, int argc, char **argv)
     return r < 0 ? io_say("flush failed: %s", strerror(-r)) : 0;
 }
 
-int io_cmd_truncate(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_truncate(struct io *io, int argc, char **argv)
 {
     enum preallocation preallocation = PREALLOC_OFF;
     struct error *err = NULL;
@@ -340,7 +340,7 @@ static int co_fn control_fn print_qcow2(struct io *io, struct error **err)
     return r;
 }
 
-int io_cmd_info(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_info(struct io *io, int argc, char **argv)
 {
     const struct image_layer *top = &io->image.layers[0];
     bool is_qcow2 = top->header.version != 0;
@@ -395,7 +395,7 @@ static int co_fn allocated_run(struct io *io, struct extent_walk *w, uint64_t of
     return r;
 }
 
-int io_cmd_alloc(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_alloc(struct io *io, int argc, char **argv)
 {
     AUTO(free_ptr) struct extent_walk *w = xnew(struct extent_walk);
     uint64_t size = image_size(&io->image);
@@ -426,7 +426,7 @@ int io_cmd_alloc(struct io *io, int argc, char **argv)
     return 0;
 }
 
-int io_cmd_map(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_map(struct io *io, int argc, char **argv)
 {
     AUTO(free_ptr) struct extent_walk *w = xnew(struct extent_walk);
     uint64_t size = image_size(&io->image);

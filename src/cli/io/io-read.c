@@ -100,8 +100,8 @@ static int reading_options(struct reading *o, int argc, char **argv, const char 
 }
 
 /* Reads, checks and says so. */
-static int co_fn read_and_tell(struct io *io, struct reading *o, const struct io_vector *v,
-                               const char *failed)
+static int co_fn control_fn read_and_tell(struct io *io, struct reading *o,
+                                          const struct io_vector *v, const char *failed)
 {
     struct io_transfer t = {.offset = o->report.offset, .len = o->report.len};
     int r;
@@ -130,7 +130,7 @@ static int co_fn read_and_tell(struct io *io, struct reading *o, const struct io
     return r;
 }
 
-int io_cmd_read(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_read(struct io *io, int argc, char **argv)
 {
     struct reading o = {.has_len = false};
     int r = reading_options(&o, argc, argv, "bCl:pP:qs:v");
@@ -159,7 +159,7 @@ int io_cmd_read(struct io *io, int argc, char **argv)
     return read_and_tell(io, &o, NULL, "read");
 }
 
-int io_cmd_readv(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_readv(struct io *io, int argc, char **argv)
 {
     struct reading o = {.has_len = false};
     struct io_vector v = {.count = 0};

@@ -115,7 +115,8 @@ static int fill_from(FILE *f, uint8_t *memory, uint64_t len)
     return 0;
 }
 
-static int co_fn write_bytes(struct io *io, struct writing *o, FILE *source, struct io_transfer *t)
+static int co_fn control_fn write_bytes(struct io *io, struct writing *o, FILE *source,
+                                        struct io_transfer *t)
 {
     int r = io_transfer_memory(io, t, o->has_pattern ? o->pattern : PATTERN);
 
@@ -128,8 +129,8 @@ static int co_fn write_bytes(struct io *io, struct writing *o, FILE *source, str
     return r;
 }
 
-static int co_fn write_and_tell(struct io *io, struct writing *o, const struct io_vector *v,
-                                const char *failed)
+static int co_fn control_fn write_and_tell(struct io *io, struct writing *o,
+                                           const struct io_vector *v, const char *failed)
 {
     struct io_transfer t = {.writes = true, .offset = o->report.offset, .len = o->report.len};
     FILE *source = o->source ? open_source(o->source) : NULL;
@@ -176,7 +177,7 @@ static int check_range(const struct writing *o, const char *len_text)
     return o->report.len % SECTOR ? not_a_sector(o->report.len, "count") : 0;
 }
 
-int io_cmd_write(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_write(struct io *io, int argc, char **argv)
 {
     struct writing o = {.zeroes = false};
     int r = 0;
@@ -198,7 +199,7 @@ int io_cmd_write(struct io *io, int argc, char **argv)
     return r < 0 ? r : write_and_tell(io, &o, NULL, "write");
 }
 
-int io_cmd_writev(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_writev(struct io *io, int argc, char **argv)
 {
     struct writing o = {.zeroes = false};
     struct io_vector v = {.count = 0};
@@ -221,7 +222,7 @@ int io_cmd_writev(struct io *io, int argc, char **argv)
     return r;
 }
 
-int io_cmd_discard(struct io *io, int argc, char **argv)
+int co_fn control_fn io_cmd_discard(struct io *io, int argc, char **argv)
 {
     struct io_report report = {.verb = "discard"};
     int opt;

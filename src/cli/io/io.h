@@ -136,8 +136,8 @@ struct io_transfer {
  */
 int io_transfer_memory(const struct io *io, struct io_transfer *t, int fill);
 /* In steps that one request may carry. -EIO beyond the end of the image. */
-int co_fn io_co_transfer(struct io *io, const struct io_transfer *t);
-int co_fn io_co_zero(struct io *io, uint64_t offset, uint64_t len, unsigned flags);
+int co_fn control_fn io_co_transfer(struct io *io, const struct io_transfer *t);
+int co_fn control_fn io_co_zero(struct io *io, uint64_t offset, uint64_t len, unsigned flags);
 int co_fn io_co_discard(struct io *io, uint64_t offset, uint64_t len);
 
 /* ---- io-read.c, io-write.c, io-async.c ---- */

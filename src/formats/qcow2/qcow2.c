@@ -254,9 +254,9 @@ static int co_fn open_snapshot(struct qcow2 *q, const struct request *by,
     return r < 0 ? r : qcow2_snapshot_show(q, by, opt->snapshot, err);
 }
 
-static int co_fn open_tables(struct qcow2 *q, const struct request *by,
-                             const struct qcow2_header *header, const struct qcow2_options *opt,
-                             struct error **err)
+static int co_fn control_fn open_tables(struct qcow2 *q, const struct request *by,
+                                        const struct qcow2_header *header,
+                                        const struct qcow2_options *opt, struct error **err)
 {
     int r;
 
