@@ -35,6 +35,7 @@ extern const struct cli_command check_command;
 extern const struct cli_command check_node_command;
 extern const struct cli_command jobs_command;
 extern const struct cli_command qmp_command;
+extern const struct cli_command amend_command;
 extern const struct cli_command bench_command;
 extern const struct cli_command commit_command;
 extern const struct cli_command compare_command;

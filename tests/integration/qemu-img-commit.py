@@ -129,6 +129,18 @@ def test_space_is_given_back(tools):
     tools.io("base.raw", "read -P 1 0 64M", fmt="raw")
 
 
+def test_a_top_with_a_data_file(tools):
+    tools.chain()
+    tools.peer("create", "-q", "-f", "qcow2", "-o", "data_file=d", "-b", "base.qcow2", "-F", "qcow2", "x.qcow2")
+    write_top(tools, "x.qcow2")
+    tools.peer("convert", "-O", "raw", "x.qcow2", "before.raw")
+    tools.ours("commit", "-q", "x.qcow2")
+    tools.equal("before.raw", "x.qcow2")
+    tools.equal("before.raw", "base.qcow2")
+    assert tools.disk_bytes("d") == 0
+    tools.io("x.qcow2", "write -P 5 65k 1k", "read -P 5 65k 1k", "read -P 3 64k 1k", "read -P 3 66k 62k")
+
+
 @pytest.mark.parametrize("words", [["-p"], ["-q"], ["-p", "-q"], ["-t", "writethrough"], ["-t", "none", "-d"], ["-r", "500M"]])
 def test_says_the_same(tools, words):
     tools.chain()

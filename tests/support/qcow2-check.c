@@ -328,6 +328,26 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
 
 /* ---- references ---- */
 
+/* Does a cluster of the file hold nothing but zeroes? Several guest clusters may share such a one, if none may write to it. */
+static bool is_zeroes(const struct walk *w, uint64_t n)
+{
+    uint8_t *bytes = malloc(w->cluster);
+    bool zero = bytes && file_read(w->f, n * w->cluster, bytes, w->cluster) == 0;
+
+    for (uint64_t i = 0; zero && i < w->cluster; i++)
+        zero = bytes[i] == 0;
+    free(bytes);
+    return zero;
+}
+
+/* May guest data, or whatever `use` says, be where something is already? Each snapshot may use once what others use, for the same. */
+static bool may_share(const struct walk *w, uint64_t n, enum use use)
+{
+    if (use == USE_META || w->use[n] != use)
+        return false;
+    return w->walk[n] != w->now || use == USE_COMPRESSED || (use == USE_DATA && is_zeroes(w, n));
+}
+
 /* A reference to `count` clusters from `offset` on; false if there is no such cluster. */
 static bool refer(struct walk *w, uint64_t offset, uint64_t count, enum use use, const char *what,
                   uint64_t where)
@@ -345,9 +365,7 @@ static bool refer(struct walk *w, uint64_t offset, uint64_t count, enum use use,
                   where, offset);
             return false;
         }
-        /* Each snapshot may use once what others use, for the same. */
-        if (w->references[n]++ && (use == USE_META || w->use[n] != use ||
-                                   (w->walk[n] == w->now && use != USE_COMPRESSED)))
+        if (w->references[n]++ && !may_share(w, n, use))
             found(w, QCOW2_ERROR_USED_TWICE, "cluster %" PRIu64 " is used twice, by %s %" PRIu64, n,
                   what, where);
         w->use[n] = (uint8_t)use;

@@ -12,6 +12,7 @@
 #include "qcow2-fixture.h"
 
 #define MODEL_PATH      "/disk/image"
+#define MODEL_BASE      "/disk/base"
 #define MODEL_SIZE_MAX  ((uint64_t)192 << 10)
 #define MODEL_SNAPSHOTS 5
 
@@ -38,6 +39,7 @@ struct snapshot_model {
     struct sim_disk *disk;
     struct qcow2_shape shape;
     struct model_state state;
+    struct model_disk *base; /* what lies below; NULL: nothing does */
     struct graph *graph;
     struct backend *backend;
     unsigned refused; /* refcounts have too few bits */
@@ -48,7 +50,9 @@ static const struct driver *const *const model_drivers[] = {protocol_drivers, fo
 static inline void model_open(struct snapshot_model *m)
 {
     m->graph = graph_new(model_drivers);
-    add_layer(m->graph, "top", MODEL_PATH, NULL, false);
+    if (m->base)
+        add_layer(m->graph, "below", MODEL_BASE, NULL, true);
+    add_layer(m->graph, "top", MODEL_PATH, m->base ? "below" : NULL, false);
     m->backend = must_attach(m->graph, "top", ACCESS_RW, "writer");
     check(backend_size(m->backend) == m->state.now.size);
 }
@@ -93,16 +97,22 @@ static inline void model_read(struct snapshot_model *m)
 static inline bool model_matches(const struct snapshot_model *m, unsigned number,
                                  const struct model_disk *d)
 {
-    struct qcow2_layer layer = {.snapshot = number};
+    struct qcow2_layer layers[2] = {{.snapshot = number}};
     uint8_t *data = xalloc(1, MODEL_SIZE_MAX);
     size_t len;
     uint8_t *bytes = image_load(m->disk, MODEL_PATH, &len);
+    uint8_t *below = NULL;
     bool same;
 
-    layer.file = qcow2_file_in_memory(bytes, len);
-    same = qcow2_read_guest(&layer, 1, 0, data, (size_t)d->size) == 0 &&
+    layers[0].file = qcow2_file_in_memory(bytes, len);
+    if (m->base) {
+        below = image_load(m->disk, MODEL_BASE, &len);
+        layers[1].file = qcow2_file_in_memory(below, len);
+    }
+    same = qcow2_read_guest(layers, m->base ? 2 : 1, 0, data, (size_t)d->size) == 0 &&
            memcmp(data, d->flat, (size_t)d->size) == 0;
     free(bytes);
+    free(below);
     free(data);
     return same;
 }
@@ -243,7 +253,10 @@ static inline void model_empty(struct snapshot_model *m)
         fprintf(stderr, "empty: %s\n", error_text(err));
         abort();
     }
-    memset(m->state.now.flat, 0, MODEL_SIZE_MAX);
+    if (m->base)
+        memcpy(m->state.now.flat, m->base->flat, (size_t)m->state.now.size);
+    else
+        memset(m->state.now.flat, 0, MODEL_SIZE_MAX);
 }
 
 enum model_op { MODEL_CREATE, MODEL_APPLY, MODEL_DELETE, MODEL_EMPTY, MODEL_OPS };
@@ -272,6 +285,45 @@ static inline void model_begin(struct snapshot_model *m, uint64_t seed)
     m->state.now.size = (1 + prng_below(&m->prng, MODEL_SIZE_MAX / 512)) * 512;
     qcow2_shape_random(&m->shape, &m->prng, m->state.now.size);
     image_make(m->disk, MODEL_PATH, &m->shape);
+}
+
+/* The files of a model once more, on a disk of its own; `bytes` is the image. */
+static inline void model_put(struct snapshot_model *m, const uint8_t *bytes, size_t len)
+{
+    m->disk = sim_disk_new();
+    image_put(m->disk, MODEL_PATH, bytes, len);
+    if (m->base) {
+        struct qcow2_shape shape = {
+            .version = 3, .cluster_bits = 12, .refcount_order = 4, .size = m->base->size};
+        size_t base_len;
+        uint8_t *base;
+
+        shape.allocated = div_up(shape.size, 4096);
+        base = qcow2_make(&shape, &base_len);
+        memcpy(base + base_len - shape.allocated * 4096, m->base->flat, (size_t)shape.size);
+        image_put(m->disk, MODEL_BASE, base, base_len);
+        free(base);
+    }
+}
+
+/* An empty image of a shape, over a base of the same size that is full, or over nothing. */
+static inline void model_begin_with(struct snapshot_model *m, struct model_disk *base)
+{
+    size_t len;
+    uint8_t *bytes;
+
+    sim_disk_free(m->disk);
+    m->base = base;
+    if (base) {
+        *base = (struct model_disk){.size = m->state.now.size};
+        for (uint64_t i = 0; i < base->size; i++)
+            base->flat[i] = (uint8_t)(prng_next(&m->prng) | 1);
+        m->state.now = *base;
+        m->shape.backing = "base";
+    }
+    bytes = qcow2_make(&m->shape, &len);
+    model_put(m, bytes, len);
+    free(bytes);
 }
 
 #endif

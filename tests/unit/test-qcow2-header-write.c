@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Another backing file in a header: what becomes of the rest, and what a power cut between the writes leaves. */
+/* Another backing file, or version, in a header: what becomes of the rest, and what a power cut between the writes leaves. */
 #include "base/alloc.h"
 #include "base/endian.h"
 #include "base/macros.h"
@@ -142,6 +142,53 @@ static int change(struct sample *s, const char *file, const char *format, struct
     return r;
 }
 
+/* To the other version; the backing file stays. As above. */
+static int change_version(struct sample *s, struct prng *prng)
+{
+    uint8_t *next = xnew_n(uint8_t, SPACE);
+    uint8_t *torn = xnew_n(uint8_t, SPACE);
+    struct error *err = NULL;
+    struct qcow2_header old;
+    struct qcow2_header new;
+    struct qcow2_header_new what = {.version = 3, .compatible = QCOW2_COMPATIBLE_LAZY_REFCOUNTS};
+    int r;
+
+    assert_int_equal(parse(s, s->bytes, &old), 0);
+    if (old.version == 3)
+        what = (struct qcow2_header_new){.version = 2};
+    memcpy(next, s->bytes, SPACE);
+    r = qcow2_header_rewrite(&old, s->bytes, s->len, &what, next, &err);
+    error_free(&err);
+    if (r == 0) {
+        assert_names(s, next, old.backing_file, old.backing_format);
+        assert_int_equal(parse(s, next, &new), 0);
+        assert_int_equal(new.version, what.version);
+        assert_int_equal(new.compatible, what.compatible);
+        assert_int_equal(new.incompatible | new.autoclear, 0);
+        assert_int_equal(new.refcount_order, QCOW2_REFCOUNT_ORDER_V2);
+        assert_int_equal(new.size, old.size);
+        assert_int_equal(new.l1_offset, old.l1_offset);
+        for (unsigned i = 0; i < new.extension_count; i++)
+            assert_true(what.version == 3 ||
+                        new.extensions[i].type != QCOW2_EXTENSION_FEATURE_NAMES);
+        for (unsigned n = 0; n < 8; n++) {
+            memcpy(torn, s->bytes, SPACE);
+            for (size_t i = QCOW2_HEADER_SECTOR; i < s->len; i++)
+                torn[i] = n == 0 || prng_next(prng) & 1 ? next[i] : torn[i];
+            qcow2_header_release(&new);
+            assert_int_equal(parse(s, torn, &new), 0);
+            assert_int_equal(new.version, old.version);
+            assert_names(s, torn, old.backing_file, old.backing_format);
+        }
+        memcpy(s->bytes, next, SPACE);
+        qcow2_header_release(&new);
+    }
+    qcow2_header_release(&old);
+    free(next);
+    free(torn);
+    return r;
+}
+
 static void sample_release(struct sample *s)
 {
     free(s->bytes);
@@ -194,7 +241,9 @@ static void test_qcow2_header_write__every_prefix_is_a_header(void **state)
         for (unsigned i = 0; i < 12; i++) {
             AUTO(free_ptr) char *name = name_of(1 + prng_next(&prng) % 300);
             bool none = prng_next(&prng) % 5 == 0;
-            int r = change(&s, none ? NULL : name, formats[prng_next(&prng) % 4], &prng);
+            int r = prng_next(&prng) % 4 == 0
+                        ? change_version(&s, &prng)
+                        : change(&s, none ? NULL : name, formats[prng_next(&prng) % 4], &prng);
 
             assert_true(r == 0 || r == -ENOSPC);
             done += r == 0;
@@ -202,4 +251,18 @@ static void test_qcow2_header_write__every_prefix_is_a_header(void **state)
         assert_true(done > 0);
         sample_release(&s);
     }
+}
+
+static void test_qcow2_header_write__version_2_forgets_what_it_has_not(void **state)
+{
+    struct sample s = sample_make(16, 3, "a.qcow2", "qcow2");
+    struct prng prng = {.state = 1};
+
+    (void)state;
+    sample_add_unknown(&s, 64);
+    for (unsigned i = 0; i < 4; i++)
+        assert_int_equal(change_version(&s, &prng), 0);
+    assert_names(&s, s.bytes, "a.qcow2", "qcow2");
+    assert_int_equal(load_be32(s.bytes + QCOW2_OFFSET_VERSION), 3);
+    sample_release(&s);
 }

@@ -6,6 +6,7 @@
 #include "base/macros.h"
 #include "base/number.h"
 #include "cli/image/image.h"
+#include "cli/image/tool.h"
 #include "loop/iobuf.h"
 
 #include <errno.h>
@@ -32,14 +33,6 @@ int preallocation_read(const char *text, enum preallocation *ret, struct error *
         }
     }
     return error_set(err, EINVAL, "Invalid preallocation mode '%s'", text);
-}
-
-static int read_bool(const char *key, const char *text, bool *ret, struct error **err)
-{
-    *ret = strcmp(text, "on") == 0 || strcmp(text, "yes") == 0 || strcmp(text, "true") == 0;
-    if (!*ret && strcmp(text, "off") != 0 && strcmp(text, "no") != 0 && strcmp(text, "false") != 0)
-        return error_set(err, EINVAL, "Parameter '%s' expects 'on' or 'off'", key);
-    return 0;
 }
 
 static int read_bytes(const char *key, const char *text, uint64_t *ret, struct error **err)
@@ -114,13 +107,13 @@ static int set_refcount_bits(struct create_options *o, const char *text, struct 
 
 static int set_lazy_refcounts(struct create_options *o, const char *text, struct error **err)
 {
-    return read_bool("lazy_refcounts", text, &o->lazy_refcounts, err);
+    return tool_read_bool("lazy_refcounts", text, &o->lazy_refcounts, err);
 }
 
 static int only_off(const char *key, const char *text, struct error **err)
 {
     bool on;
-    int r = read_bool(key, text, &on, err);
+    int r = tool_read_bool(key, text, &on, err);
 
     return r == 0 && on ? error_set(err, ENOTSUP, "'%s' is not supported yet", key) : r;
 }
@@ -147,7 +140,7 @@ static int set_data_file(struct create_options *o, const char *text, struct erro
 
 static int set_data_file_raw(struct create_options *o, const char *text, struct error **err)
 {
-    return read_bool("data_file_raw", text, &o->data_file_raw, err);
+    return tool_read_bool("data_file_raw", text, &o->data_file_raw, err);
 }
 
 static int set_compression_type(struct create_options *o, const char *text, struct error **err)

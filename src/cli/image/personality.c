@@ -9,13 +9,11 @@
 #include <string.h>
 
 const struct cli_command *const image_commands[] = {
-    &create_command,  &info_command,     &map_command,    &check_command,  &convert_command,
-    &compare_command, &measure_command,  &resize_command, &dd_command,     &rebase_command,
-    &bench_command,   &snapshot_command, &commit_command, &bitmap_command, NULL,
+    &create_command,  &info_command,    &map_command,     &check_command,
+    &convert_command, &compare_command, &measure_command, &resize_command,
+    &dd_command,      &rebase_command,  &bench_command,   &snapshot_command,
+    &commit_command,  &bitmap_command,  &amend_command,   NULL,
 };
-
-/* What the peer has and we do not, yet. */
-static const char *const missing[] = {"amend"};
 
 bool personality_is_qemu_img(const char *argv0)
 {
@@ -87,12 +85,6 @@ int personality_qemu_img(int argc, char **argv)
     for (size_t i = 0; image_commands[i]; i++) {
         if (strcmp(argv[1], image_commands[i]->name) == 0)
             return run(image_commands[i], argc - 1, argv + 1);
-    }
-    for (size_t i = 0; i < ARRAY_SIZE(missing); i++) {
-        if (strcmp(argv[1], missing[i]) == 0) {
-            (void)snprintf(text, sizeof(text), "%s is not supported yet", argv[1]);
-            return fail(text);
-        }
     }
     if (argv[1][0] == '-')
         (void)snprintf(text, sizeof(text), "unrecognized option '%.80s'", argv[1]);

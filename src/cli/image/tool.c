@@ -77,6 +77,14 @@ int tool_read_number(const char *what, const char *text, uint64_t min, uint64_t 
     return 0;
 }
 
+int tool_read_bool(const char *what, const char *text, bool *ret, struct error **err)
+{
+    *ret = strcmp(text, "on") == 0 || strcmp(text, "yes") == 0 || strcmp(text, "true") == 0;
+    if (!*ret && strcmp(text, "off") != 0 && strcmp(text, "no") != 0 && strcmp(text, "false") != 0)
+        return error_set(err, EINVAL, "Parameter '%s' expects 'on' or 'off'", what);
+    return 0;
+}
+
 int tool_check_format(const struct image_spec *spec, struct error **err)
 {
     if (spec->format && spec->options)

@@ -44,6 +44,8 @@ int tool_read_size(const char *what, const char *text, uint64_t *ret, struct err
 /* A number from min to max. -EINVAL. */
 int tool_read_number(const char *what, const char *text, uint64_t min, uint64_t max, uint64_t *ret,
                      struct error **err);
+/* on, off and what else says so. -EINVAL. */
+int tool_read_bool(const char *what, const char *text, bool *ret, struct error **err);
 /* `format` and --image-opts exclude each other. */
 int tool_check_format(const struct image_spec *spec, struct error **err);
 

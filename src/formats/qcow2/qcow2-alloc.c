@@ -606,6 +606,16 @@ static int co_fn find_end(struct qcow2 *q, const struct request *by)
     return 0;
 }
 
+void qcow2_alloc_clear(struct qcow2 *q)
+{
+    co_mutex_init(&q->alloc.lock);
+    list_init(&q->alloc.blocks);
+    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++)
+        list_init(&q->alloc.reuse[i]);
+    list_init(&q->alloc.freed);
+    list_init(&q->alloc.graced);
+}
+
 int qcow2_alloc_init(struct qcow2 *q, const struct request *by, uint64_t table_offset,
                      uint32_t table_clusters, struct error **err)
 {
@@ -727,4 +737,18 @@ void qcow2_alloc_release(struct qcow2 *q)
     free_runs(&a->freed);
     free_runs(&a->graced);
     free(a->table);
+}
+
+int qcow2_alloc_reopen(struct qcow2 *q, const struct request *by, uint64_t table_offset,
+                       uint32_t table_clusters, struct error **err)
+{
+    int r;
+
+    qcow2_alloc_release(q);
+    q->alloc = (struct qcow2_alloc){.grows = false};
+    qcow2_alloc_clear(q);
+    r = qcow2_alloc_init(q, by, table_offset, table_clusters, err);
+    if (r < 0)
+        q->alloc.table_size = 0; /* nothing of it can be relied on */
+    return r;
 }

@@ -207,6 +207,8 @@ uint64_t check_refcount_get(const struct check *x, const uint8_t *block, uint64_
 void check_refcount_set(const struct check *x, uint8_t *block, uint64_t i, uint64_t value);
 /* Refcounts that are too low become right; `spare` clusters are set aside. Builds them anew where need is. */
 int co_fn check_raise_refcounts(struct check *x, uint64_t spare, struct error **err);
+/* After a round that has found no damage: all of them, with another width. */
+int co_fn check_change_width(struct check *x, unsigned order, struct error **err);
 /* The same in place, for uses that came since the round. */
 int co_fn check_raise_again(struct check *x);
 /* Refcounts that are too high become right, where they can be changed in place. */

@@ -682,3 +682,20 @@ int qcow2_co_repair_refcounts(struct edge *file, const struct request *by, const
                          node_name, found.corruptions + found.check_errors);
     return 0;
 }
+
+int qcow2_co_change_refcount_width(struct edge *file, const struct request *by,
+                                   const char *node_name, unsigned order, struct error **err)
+{
+    struct qcow2_check_options options = QCOW2_CHECK_OPTIONS_INIT;
+    struct check x = {.options = &options, .edge = file, .by = by, .name = node_name};
+    int r = check_round(&x, err);
+
+    if (r == 0 && x.r.corruptions + x.r.check_errors)
+        r = error_set(err, EINVAL,
+                      "the image has %" PRIu64 " errors: repair it first, with cairn check -r all",
+                      x.r.corruptions + x.r.check_errors);
+    if (r == 0)
+        r = check_change_width(&x, order, err);
+    check_forget(&x);
+    return r;
+}

@@ -76,4 +76,12 @@ int co_fn qcow2_co_check_online(struct backend *b, const struct qcow2_check_opti
 int co_fn qcow2_co_repair_refcounts(struct edge *file, const struct request *by,
                                     const char *node_name, struct error **err);
 
+/*
+ * Refcounts get 1 << order bits, by the driver, in version 3, while nobody else is there: a new structure, to which the header points
+ * by one write (REPAIR-2). What leaked is free then. -EINVAL for an image with damage, -ERANGE where a cluster is used too often. What
+ * the driver knows of refcounts does not hold any more; after an error the header may be the one or the other.
+ */
+int co_fn qcow2_co_change_refcount_width(struct edge *file, const struct request *by,
+                                         const char *node_name, unsigned order, struct error **err);
+
 #endif

@@ -12,6 +12,47 @@
 #include <errno.h>
 #include <string.h>
 
+/* What the header becomes. */
+struct target {
+    struct qcow2_header_new base;
+    const char *file; /* NULL: no backing file */
+    const char *format;
+};
+
+static uint32_t target_header_length(const struct qcow2_header *h, const struct target *t)
+{
+    if (t->base.version == h->version)
+        return h->header_length;
+    return t->base.version == 2 ? QCOW2_HEADER_LENGTH_V2 : QCOW2_HEADER_LENGTH_V3;
+}
+
+/* The fields that a version has more than the other. */
+static void qcow2_header_put_version(const struct qcow2_header *h, const struct target *t,
+                                     uint8_t *bytes)
+{
+    if (t->base.version != h->version) {
+        store_be32(bytes + QCOW2_OFFSET_VERSION, t->base.version);
+        if (t->base.version == 2)
+            return;
+        memset(bytes + QCOW2_OFFSET_INCOMPATIBLE, 0,
+               QCOW2_HEADER_LENGTH_V3 - QCOW2_OFFSET_INCOMPATIBLE);
+        store_be32(bytes + QCOW2_OFFSET_REFCOUNT_ORDER, QCOW2_REFCOUNT_ORDER_V2);
+        store_be32(bytes + QCOW2_OFFSET_HEADER_LENGTH, QCOW2_HEADER_LENGTH_V3);
+    }
+    if (t->base.version < 3)
+        return;
+    store_be64(bytes + QCOW2_OFFSET_COMPATIBLE, t->base.compatible);
+    if (t->base.data_not_raw)
+        store_be64(bytes + QCOW2_OFFSET_AUTOCLEAR, h->autoclear & ~QCOW2_AUTOCLEAR_RAW_DATA);
+}
+
+static bool is_left_out(const struct target *t, uint32_t type, bool features)
+{
+    if (type == QCOW2_EXTENSION_FEATURE_NAMES)
+        return !features || t->base.version == 2;
+    return type == QCOW2_EXTENSION_BITMAPS && t->base.version == 2;
+}
+
 /* What the old header uses of the bytes from `from` to `to`. */
 struct used {
     size_t extensions_end; /* with the end marker */
@@ -52,13 +93,15 @@ static bool qcow2_header_append(uint8_t *bytes, size_t len, size_t *at, uint32_t
 }
 
 /* All extensions with another format: the format's stands where it was, or first. Returns their end, 0 if there is no room. */
-static size_t qcow2_header_put_extensions(const struct qcow2_header *h, const char *format,
+static size_t qcow2_header_put_extensions(const struct qcow2_header *h, const struct target *t,
                                           bool features, uint8_t *bytes, size_t len)
 {
-    size_t at = h->header_length;
+    const char *format = t->file ? t->format : NULL;
+    size_t at = target_header_length(h, t);
     bool placed = !format;
     bool had = false;
     bool fits = true;
+    bool named = !t->base.data_file;
 
     for (unsigned i = 0; i < h->extension_count; i++)
         had |= h->extensions[i].type == QCOW2_EXTENSION_BACKING_FORMAT;
@@ -72,10 +115,17 @@ static size_t qcow2_header_put_extensions(const struct qcow2_header *h, const ch
             if (!placed)
                 fits = qcow2_header_append(bytes, len, &at, e->type, format, strlen(format));
             placed = true;
-        } else if (features || e->type != QCOW2_EXTENSION_FEATURE_NAMES) {
+        } else if (e->type == QCOW2_EXTENSION_DATA_FILE && t->base.data_file) {
+            named = true;
+            fits = qcow2_header_append(bytes, len, &at, e->type, t->base.data_file,
+                                       strlen(t->base.data_file));
+        } else if (!is_left_out(t, e->type, features)) {
             fits = qcow2_header_append(bytes, len, &at, e->type, e->data, e->len);
         }
     }
+    if (fits && !named)
+        fits = qcow2_header_append(bytes, len, &at, QCOW2_EXTENSION_DATA_FILE, t->base.data_file,
+                                   strlen(t->base.data_file));
     if (fits)
         fits = qcow2_header_append(bytes, len, &at, QCOW2_EXTENSION_END, NULL, 0);
     return fits ? at : 0;
@@ -110,22 +160,23 @@ static size_t qcow2_header_name_place(const struct used *u, size_t extensions_en
 }
 
 static bool qcow2_header_try(const struct qcow2_header *h, const uint8_t *old, size_t len,
-                             const char *file, const char *format, bool features, uint8_t *ret)
+                             const struct target *t, bool features, uint8_t *ret)
 {
     struct used u = qcow2_header_used(h, old);
-    size_t name_len = file ? strlen(file) : 0;
+    size_t name_len = t->file ? strlen(t->file) : 0;
     size_t place = 0;
     size_t end;
 
     memcpy(ret, old, len);
-    end = qcow2_header_put_extensions(h, file ? format : NULL, features, ret, len);
+    qcow2_header_put_version(h, t, ret);
+    end = qcow2_header_put_extensions(h, t, features, ret, len);
     if (!end)
         return false;
-    if (file) {
+    if (t->file) {
         place = qcow2_header_name_place(&u, end, name_len, len);
         if (!place)
             return false;
-        memcpy(ret + place, file, name_len);
+        memcpy(ret + place, t->file, name_len);
     }
     store_be64(ret + QCOW2_OFFSET_BACKING_FILE_OFFSET, place);
     store_be32(ret + QCOW2_OFFSET_BACKING_FILE_SIZE, (uint32_t)name_len);
@@ -135,6 +186,12 @@ static bool qcow2_header_try(const struct qcow2_header *h, const uint8_t *old, s
 int qcow2_header_with_backing(const struct qcow2_header *header, const void *old, size_t len,
                               const char *file, const char *format, void *ret, struct error **err)
 {
+    const struct target t = {
+        .base = {.version = header->version, .compatible = header->compatible},
+        .file = file,
+        .format = format,
+    };
+
     if (file && (!*file || strlen(file) > QCOW2_BACKING_FILE_MAX))
         return error_set(err, EINVAL, "the backing file name has %zu bytes, expected 1 to %d",
                          strlen(file), QCOW2_BACKING_FILE_MAX);
@@ -146,11 +203,24 @@ int qcow2_header_with_backing(const struct qcow2_header *header, const void *old
             err, EINVAL,
             "the image has a raw data file, which holds all of the disk: it cannot have a "
             "backing file");
-    if (!qcow2_header_try(header, old, len, file, format, true, ret) &&
-        !qcow2_header_try(header, old, len, file, format, false, ret))
+    if (!qcow2_header_try(header, old, len, &t, true, ret) &&
+        !qcow2_header_try(header, old, len, &t, false, ret))
         return error_set(err, ENOSPC,
                          "the header has no room to name backing file '%s' without putting the old "
                          "one at risk",
                          file ? file : "");
+    return 0;
+}
+
+int qcow2_header_rewrite(const struct qcow2_header *header, const void *old, size_t len,
+                         const struct qcow2_header_new *new, void *ret, struct error **err)
+{
+    const struct target t = {*new, header->backing_file, header->backing_format};
+
+    if (!qcow2_header_try(header, old, len, &t, true, ret) &&
+        !qcow2_header_try(header, old, len, &t, false, ret))
+        return error_set(
+            err, ENOSPC,
+            "the header has no room for the change without putting what it has at risk");
     return 0;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Another backing file in the header of an image: which bytes are to be written, and in which order. Pure: no I/O, any thread. */
+/* Another backing file, or version, in the header of an image: which bytes are to be written, and in which order. Pure: no I/O, any thread. */
 #ifndef CAIRN_FORMATS_QCOW2_HEADER_WRITE_H
 #define CAIRN_FORMATS_QCOW2_HEADER_WRITE_H
 
@@ -23,5 +23,20 @@
  */
 int qcow2_header_with_backing(const struct qcow2_header *header, const void *old, size_t len,
                               const char *file, const char *format, void *ret, struct error **err);
+
+/* What else may be another one. */
+struct qcow2_header_new {
+    unsigned version;
+    uint64_t compatible;   /* features; nothing in version 2 */
+    const char *data_file; /* another name of the one that the image has; NULL: as it is */
+    bool data_not_raw;     /* its data is not raw any more */
+};
+
+/*
+ * As above, with the same backing file. In version 2 there are no bitmaps and no names of features. Whether the rest of the image is
+ * as that version has it is not looked at.
+ */
+int qcow2_header_rewrite(const struct qcow2_header *header, const void *old, size_t len,
+                         const struct qcow2_header_new *new, void *ret, struct error **err);
 
 #endif

@@ -188,7 +188,10 @@ struct rebuild {
     uint64_t first; /* cluster: the spare ones, the blocks, the table */
     uint64_t spare;
     uint64_t end;
+    bool new_width;
 };
+
+#define AT_WIDTH (QCOW2_OFFSET_REFCOUNT_ORDER - QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET)
 
 /* What is not there any more when the new one is in use. */
 static void forget_old_structure(struct check *x)
@@ -316,32 +319,77 @@ static int co_fn write_structure(struct check *x, const struct rebuild *b)
 /* REPAIR-2 */
 static int co_fn switch_structure(struct check *x, const struct rebuild *b)
 {
-    uint8_t reference[12];
+    uint8_t reference[AT_WIDTH + 4];
+    size_t len = b->new_width ? sizeof(reference) : 12;
     int r = check_flush(x);
 
+    if (r == 0 && b->new_width)
+        r = check_read_flat(x, QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET, reference, len);
+    store_be32(reference + AT_WIDTH, x->h.refcount_order);
     store_be64(reference, (b->first + b->spare + b->index_count) << x->h.cluster_bits);
     store_be32(reference + 8, (uint32_t)b->table_clusters);
     if (r == 0)
-        r = check_write_flat(x, QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET, reference, sizeof(reference));
+        r = check_write_flat(x, QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET, reference, len);
     return r == 0 ? check_flush(x) : r;
+}
+
+static int co_fn build_anew(struct check *x, struct rebuild *b)
+{
+    int r;
+
+    b->first = x->r.image_end_offset >> x->h.cluster_bits;
+    forget_old_structure(x);
+    r = plan_rebuild(x, b);
+    if (r == 0)
+        r = write_structure(x, b);
+    if (r == 0)
+        r = switch_structure(x, b);
+    free(b->indices);
+    return r;
 }
 
 static int co_fn rebuild_refcounts(struct check *x, uint64_t spare)
 {
-    struct rebuild b = {.first = x->r.image_end_offset >> x->h.cluster_bits, .spare = spare};
+    struct rebuild b = {.spare = spare};
     int r;
 
     check_say(x, "Rebuilding refcount structure");
-    forget_old_structure(x);
-    r = plan_rebuild(x, &b);
-    if (r == 0)
-        r = write_structure(x, &b);
-    if (r == 0)
-        r = switch_structure(x, &b);
+    r = build_anew(x, &b);
     x->spare = b.first;
     x->spare_count = r == 0 ? spare : 0;
-    free(b.indices);
     return r;
+}
+
+/* Is nothing used more often than refcounts of this width can say? */
+static int check_width_fits(struct check *x, struct error **err)
+{
+    struct qcow2_leaf **v = qcow2_counts_sorted(&x->counts);
+    int r = v ? 0 : error_set(err, ENOMEM, "no memory");
+
+    for (size_t k = 0; r == 0 && k < x->counts.leaf_count; k++) {
+        for (unsigned i = 0; r == 0 && i < QCOW2_LEAF; i++) {
+            uint64_t used = qcow2_leaf_count(v[k], QCOW2_USED, i);
+
+            if (used > check_refcount_max(x))
+                r = error_set(err, ERANGE,
+                              "Cannot decrease refcount entry width to %u bits: cluster at offset "
+                              "%#" PRIx64 " has a refcount of %" PRIu64,
+                              1U << x->h.refcount_order,
+                              ((v[k]->index << QCOW2_LEAF_BITS) + i) << x->h.cluster_bits, used);
+        }
+    }
+    free(v);
+    return r;
+}
+
+int check_change_width(struct check *x, unsigned order, struct error **err)
+{
+    struct rebuild b = {.new_width = true};
+    int r;
+
+    x->h.refcount_order = order;
+    r = check_width_fits(x, err);
+    return r < 0 ? r : cannot(err, build_anew(x, &b), "change the width of refcounts");
 }
 
 /* ---- either ---- */

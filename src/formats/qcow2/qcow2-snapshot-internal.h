@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* One operation on internal snapshots, for qcow2-snapshot*.c alone. */
+/* One operation on tables while nobody else is here, for qcow2-snapshot*.c and qcow2-amend.c alone. */
 #ifndef CAIRN_FORMATS_QCOW2_SNAPSHOT_INTERNAL_H
 #define CAIRN_FORMATS_QCOW2_SNAPSHOT_INTERNAL_H
 
 #include "formats/qcow2/qcow2-counts.h"
+#include "formats/qcow2/qcow2-header-write.h"
 #include "formats/qcow2/qcow2-snapshot.h"
 #include "formats/qcow2/qcow2.h"
 
@@ -13,7 +14,7 @@ struct snap {
     const struct request *by;
     struct error **err;
 
-    uint8_t header[QCOW2_HEADER_LENGTH_V2];
+    uint8_t header[QCOW2_HEADER_SECTOR]; /* the first of the image, as on disk */
     uint64_t table_offset;
     uint8_t *table; /* as on disk */
     size_t table_len;
@@ -27,6 +28,23 @@ struct snap_l1 {
     uint64_t *v;
     uint32_t count;
 };
+
+/* ---- qcow2-snapshot.c: 0, or a negative errno and the operation's error ---- */
+
+/* The image is quiet (SNAP-1), and the snapshot table read. snap_end() also after an error. */
+int co_fn snap_begin(struct snap *s, struct backend *b);
+void co_fn snap_end(struct snap *s);
+
+/* Clusters in a row; none for no bytes. One alone is taken where there is a free one. Counted when the next flush is done. */
+int co_fn snap_alloc_row(struct snap *s, uint64_t bytes, struct qcow2_extent *ret);
+/* Nothing points there: but after a header that we are not sure of. */
+void snap_put_row(struct snap *s, const struct qcow2_extent *row);
+/* Bytes of the header, within one sector, durably; what it was, `s->header`, if that fails (SNAP-4, D3). */
+int co_fn snap_change_header(struct snap *s, const uint8_t *header, size_t from, size_t to);
+/* The header points to another table of snapshots, which is durable. */
+int co_fn snap_change_table(struct snap *s, uint32_t count, uint64_t offset);
+/* Each snapshot says how large its disk is, as version 3 wants it. */
+int co_fn snap_complete_table(struct snap *s);
 
 /* ---- qcow2-snapshot-refs.c: 0, or a negative errno and the operation's error ---- */
 

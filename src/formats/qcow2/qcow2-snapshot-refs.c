@@ -164,7 +164,7 @@ static int tally_l2(struct snap *s, uint8_t *table, void *arg)
 /* What an L1 table keeps: L2 tables, and what those point to. */
 int snap_tally_l1(struct snap *s, struct qcow2_counts *c, struct snap_l1 l1)
 {
-    int r = snap_visit_tables(s, l1, tally_l2, c);
+    int r = qcow2_has_data_file(s->q) ? 0 : snap_visit_tables(s, l1, tally_l2, c);
 
     for (uint32_t i = 0; r == 0 && i < l1.count; i++) {
         uint64_t l2 = atomic_get_relaxed(&l1.v[i]) & QCOW2_L1_OFFSET_MASK; /* as above */

@@ -231,13 +231,15 @@ static int co_fn put_header(struct snap *s, const uint8_t *header, size_t from, 
     return r < 0 ? r : qcow2_sync(s->q, s->by);
 }
 
-/* SNAP-4. D3: what failed may have happened all the same, so the old one is written again. */
-static int co_fn change_header(struct snap *s, const uint8_t *header, size_t from, size_t to)
+/* D3: what failed may have happened all the same, so the old one is written again. */
+int snap_change_header(struct snap *s, const uint8_t *header, size_t from, size_t to)
 {
     int r = put_header(s, header, from, to);
 
-    if (r == 0)
+    if (r == 0) {
+        memcpy(s->header + from, header + from, to - from);
         return 0;
+    }
     if (put_header(s, s->header, from, to) < 0) {
         atomic_set(&s->q->needs_reopen, true);
         return error_set(s->err, -r,
@@ -252,8 +254,7 @@ static uint64_t clusters_of(const struct snap *s, uint64_t bytes)
     return align_up(bytes, qcow2_cluster_size(s->q)) >> s->q->cluster_bits;
 }
 
-/* Clusters in a row; none for no bytes. One alone is taken where there is a free one. Counted when the next flush is done. */
-static int co_fn alloc_row(struct snap *s, uint64_t bytes, struct qcow2_extent *ret)
+int snap_alloc_row(struct snap *s, uint64_t bytes, struct qcow2_extent *ret)
 {
     uint64_t count = clusters_of(s, bytes);
     int r = 0;
@@ -266,15 +267,13 @@ static int co_fn alloc_row(struct snap *s, uint64_t bytes, struct qcow2_extent *
     return snap_failed(s, r, "find room for tables");
 }
 
-/* Nothing points there: but after a header that we are not sure of. */
-static void put_row(struct snap *s, const struct qcow2_extent *row)
+void snap_put_row(struct snap *s, const struct qcow2_extent *row)
 {
     if (row->count && !atomic_get(&s->q->needs_reopen))
         qcow2_alloc_put(s->q, row->host_offset, row->count);
 }
 
-/* The header points to another table of snapshots, which is durable. */
-static int co_fn change_table(struct snap *s, uint32_t count, uint64_t offset)
+int snap_change_table(struct snap *s, uint32_t count, uint64_t offset)
 {
     struct qcow2_extent old = {.host_offset = s->table_offset,
                                .count = clusters_of(s, s->table_len)};
@@ -284,9 +283,10 @@ static int co_fn change_table(struct snap *s, uint32_t count, uint64_t offset)
     memcpy(header, s->header, sizeof(header));
     store_be32(header + QCOW2_OFFSET_SNAPSHOT_COUNT, count);
     store_be64(header + QCOW2_OFFSET_SNAPSHOTS_OFFSET, offset);
-    r = change_header(s, header, QCOW2_OFFSET_SNAPSHOT_COUNT, QCOW2_OFFSET_SNAPSHOTS_OFFSET + 8);
+    r = snap_change_header(s, header, QCOW2_OFFSET_SNAPSHOT_COUNT,
+                           QCOW2_OFFSET_SNAPSHOTS_OFFSET + 8);
     if (r == 0)
-        put_row(s, &old);
+        snap_put_row(s, &old);
     return r;
 }
 
@@ -347,7 +347,7 @@ static int co_fn create_in(struct snap *s, const struct qcow2_snapshot_new *how,
         r = snap_clear_active_flags(s);
     if (r == 0)
         r = snap_change_counts(s, uses, SNAP_RAISE, false); /* SNAP-3 */
-    return r == 0 ? change_table(s, s->count + 1, t->table.host_offset) : r;
+    return r == 0 ? snap_change_table(s, s->count + 1, t->table.host_offset) : r;
 }
 
 static int co_fn create_counted(struct snap *s, const struct qcow2_snapshot_new *how,
@@ -362,14 +362,14 @@ static int co_fn create_counted(struct snap *s, const struct qcow2_snapshot_new 
         return error_set(s->err, EFBIG, "the table of snapshots is full");
     r = snap_change_counts(s, uses, SNAP_RAISE, true);
     if (r == 0)
-        r = alloc_row(s, (uint64_t)s->q->map.l1_size * QCOW2_ENTRY_LEN, &t.l1);
+        r = snap_alloc_row(s, (uint64_t)s->q->map.l1_size * QCOW2_ENTRY_LEN, &t.l1);
     if (r == 0)
-        r = alloc_row(s, bytes, &t.table);
+        r = snap_alloc_row(s, bytes, &t.table);
     if (r == 0)
         r = create_in(s, how, uses, &t);
     if (r < 0) {
-        put_row(s, &t.l1);
-        put_row(s, &t.table);
+        snap_put_row(s, &t.l1);
+        snap_put_row(s, &t.table);
     }
     return r;
 }
@@ -400,7 +400,7 @@ static int co_fn write_without(struct snap *s, const struct qcow2_snapshot *gone
 {
     size_t after = (size_t)align_up(gone->at + gone->len, 8);
     size_t rest = s->table_len > after ? s->table_len - after : 0;
-    int r = alloc_row(s, gone->at + rest, ret);
+    int r = snap_alloc_row(s, gone->at + rest, ret);
 
     if (r < 0 || !ret->count)
         return r;
@@ -421,9 +421,9 @@ static int co_fn delete_counted(struct snap *s, const struct qcow2_snapshot *gon
     if (r == 0)
         r = write_without(s, gone, &row);
     if (r == 0)
-        r = change_table(s, s->count - 1, row.count ? row.host_offset : 0);
+        r = snap_change_table(s, s->count - 1, row.count ? row.host_offset : 0);
     if (r < 0) {
-        put_row(s, &row);
+        snap_put_row(s, &row);
         return r;
     }
     r = snap_change_counts(s, uses, SNAP_LOWER, false); /* SNAP-5 */
@@ -455,6 +455,67 @@ static int co_fn delete_named(struct snap *s, const char *name)
     return r;
 }
 
+/* ---- upgrading ---- */
+
+static bool is_complete(const struct snap *s, const struct qcow2_snapshot *sn)
+{
+    return load_be32(s->table + sn->at + AT_EXTRA_LEN) >= AT_DISK_SIZE + 8;
+}
+
+/* The entry at `sn` with the extra data that version 3 wants, at `to`; its length. */
+static size_t complete_entry(const struct snap *s, const struct qcow2_snapshot *sn, uint8_t *to)
+{
+    const uint8_t *e = s->table + sn->at;
+    uint32_t extra_len = load_be32(e + AT_EXTRA_LEN);
+    size_t text = QCOW2_SNAPSHOT_LEN_MIN + extra_len;
+    uint32_t more = is_complete(s, sn) ? 0 : AT_DISK_SIZE + 8 - extra_len;
+
+    memcpy(to, e, text);
+    memcpy(to + text + more, e + text, sn->len - text);
+    if (more) {
+        store_be32(to + AT_EXTRA_LEN, AT_DISK_SIZE + 8);
+        store_be64(to + QCOW2_SNAPSHOT_LEN_MIN + AT_LARGE_VM_STATE_SIZE, sn->vm_state_size);
+        store_be64(to + QCOW2_SNAPSHOT_LEN_MIN + AT_DISK_SIZE,
+                   sn->has_disk_size ? sn->disk_size : node_size(s->q->node));
+    }
+    return sn->len + more;
+}
+
+int snap_complete_table(struct snap *s)
+{
+    AUTO(free_ptr) uint8_t *table = try_alloc(s->table_len + (size_t)s->count * EXTRA_LEN + 1, 1);
+    struct qcow2_extent row;
+    bool complete = true;
+    size_t len = 0;
+    int r;
+
+    for (uint32_t i = 0; i < s->count; i++)
+        complete &= is_complete(s, &s->v[i]);
+    if (complete)
+        return 0;
+    if (!table)
+        return snap_failed(s, -ENOMEM, "make the table");
+    for (uint32_t i = 0; i < s->count; i++) {
+        size_t at = (size_t)align_up(len, 8);
+
+        memset(table + len, 0, at - len);
+        len = at + complete_entry(s, &s->v[i], table + at);
+    }
+    if (len > QCOW2_SNAPSHOTS_BYTES_MAX)
+        return error_set(s->err, EFBIG, "the table of snapshots is full");
+    r = snap_alloc_row(s, len, &row);
+    if (r < 0)
+        return r;
+    r = snap_failed(s, snap_write_flat(s, row.host_offset, table, len), "write the table");
+    if (r == 0)
+        r = snap_failed(s, qcow2_sync(s->q, s->by), "flush the table");
+    if (r == 0)
+        r = snap_change_table(s, s->count, row.host_offset);
+    if (r < 0)
+        snap_put_row(s, &row);
+    return r;
+}
+
 /* ---- applying ---- */
 
 struct application {
@@ -475,7 +536,7 @@ static int co_fn point_to_l1(struct snap *s, const struct application *a, uint64
     store_be64(header + QCOW2_OFFSET_SIZE, a->size);
     store_be32(header + QCOW2_OFFSET_L1_SIZE, a->l1.count);
     store_be64(header + QCOW2_OFFSET_L1_OFFSET, l1_offset);
-    return change_header(s, header, QCOW2_OFFSET_SIZE, QCOW2_OFFSET_L1_OFFSET + 8);
+    return snap_change_header(s, header, QCOW2_OFFSET_SIZE, QCOW2_OFFSET_L1_OFFSET + 8);
 }
 
 static int co_fn write_applied(struct snap *s, struct application *a, uint64_t l1_offset)
@@ -502,12 +563,12 @@ static int co_fn apply_counted(struct snap *s, struct application *a)
     if (r == 0 && !qcow2_room_make(s->q, &a->room, a->l1.count))
         r = snap_failed(s, -ENOMEM, "make tables");
     if (r == 0)
-        r = alloc_row(s, MAX((uint64_t)a->l1.count * QCOW2_ENTRY_LEN, (uint64_t)1), &row);
+        r = snap_alloc_row(s, MAX((uint64_t)a->l1.count * QCOW2_ENTRY_LEN, (uint64_t)1), &row);
     if (r < 0)
         return r;
     r = write_applied(s, a, row.host_offset);
     if (r < 0) {
-        put_row(s, &row);
+        snap_put_row(s, &row);
         return r;
     }
     memcpy(a->room.l1, a->l1.v, (size_t)a->l1.count * sizeof(*a->l1.v));
@@ -578,6 +639,16 @@ static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_stat
     return r;
 }
 
+/* All of the data file, to the host, as far as it takes it. */
+static void co_fn give_back_data(struct snap *s)
+{
+    uint64_t count = clusters_of(s, node_size(s->q->node));
+    uint64_t step = MAX(GIB >> s->q->cluster_bits, (uint64_t)1); /* G6 */
+
+    for (uint64_t first = 0; first < count; first += step)
+        (void)qcow2_data_discard(s->q, s->by, first, MIN(step, count - first));
+}
+
 /* A snapshot that has nothing is applied. */
 static int co_fn empty(struct snap *s)
 {
@@ -591,6 +662,8 @@ static int co_fn empty(struct snap *s)
     r = a.l1.v ? tally_active(s, &a.less) : snap_failed(s, -ENOMEM, "make tables");
     if (r == 0)
         r = apply_counted(s, &a);
+    if (r == 0 && qcow2_has_data_file(s->q))
+        give_back_data(s);
     release_application(&a);
     return r;
 }
@@ -636,23 +709,30 @@ static int co_fn show(struct snap *s, const struct qcow2_snapshot *sn)
 
 /* ---- what all of them have in common ---- */
 
-static int co_fn begin(struct snap *s, struct backend *b)
+int snap_begin(struct snap *s, struct backend *b)
 {
     struct node *node = backend_node(b);
     int r;
 
     if (node_driver(node) != &qcow2_driver)
-        return error_set(s->err, ENOTSUP, "images of this format have no snapshots");
+        return error_set(s->err, ENOTSUP, "images of this format cannot be changed so");
     s->q = node_state(node);
     if (!s->q->writable)
         return error_set(s->err, EROFS, "the image is open for reading only");
-    if (qcow2_has_data_file(s->q))
-        return error_set(
+    r = quiesce(s);
+    return r < 0 ? r : read_table(s);
+}
+
+static int co_fn begin_with_snapshots(struct snap *s, struct backend *b)
+{
+    int r = snap_begin(s, b);
+
+    if (r == 0 && qcow2_has_data_file(s->q))
+        r = error_set(
             s->err, ENOTSUP,
             "images with an external data file have no snapshots: a data file cannot keep "
             "what was there before");
-    r = quiesce(s);
-    return r < 0 ? r : read_table(s);
+    return r;
 }
 
 static void release(struct snap *s)
@@ -662,7 +742,7 @@ static void release(struct snap *s)
 }
 
 /* Whatever became of it, tables may lie elsewhere. */
-static void co_fn end(struct snap *s)
+void snap_end(struct snap *s)
 {
     if (s->q && s->q->writable)
         qcow2_guard_rebuild(s->q, s->by);
@@ -716,11 +796,11 @@ int qcow2_co_snapshot_create(struct backend *b, const struct qcow2_snapshot_new 
     struct pass pass = {0};
     struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
     struct snap s = {.by = &by, .err = err};
-    int r = begin(&s, b);
+    int r = begin_with_snapshots(&s, b);
 
     if (r == 0)
         r = create(&s, how);
-    end(&s);
+    snap_end(&s);
     return r;
 }
 
@@ -730,13 +810,13 @@ int qcow2_co_snapshot_apply(struct backend *b, const char *id_or_name, bool *ret
     struct pass pass = {0};
     struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
     struct snap s = {.by = &by, .err = err};
-    int r = begin(&s, b);
+    int r = begin_with_snapshots(&s, b);
 
     if (r == 0) {
         r = apply(&s, id_or_name, ret_vm_state);
         node_tell_changed(s.q->node, 0, node_size(s.q->node)); /* P2: all of it, perhaps */
     }
-    end(&s);
+    snap_end(&s);
     return r;
 }
 
@@ -745,11 +825,11 @@ int qcow2_co_empty(struct backend *b, struct error **err)
     struct pass pass = {0};
     struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
     struct snap s = {.by = &by, .err = err};
-    int r = begin(&s, b);
+    int r = snap_begin(&s, b);
 
     if (r == 0)
         r = empty(&s);
-    end(&s);
+    snap_end(&s);
     return r;
 }
 
@@ -758,10 +838,10 @@ int qcow2_co_snapshot_delete(struct backend *b, const char *name, struct error *
     struct pass pass = {0};
     struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
     struct snap s = {.by = &by, .err = err};
-    int r = begin(&s, b);
+    int r = begin_with_snapshots(&s, b);
 
     if (r == 0)
         r = delete_named(&s, name);
-    end(&s);
+    snap_end(&s);
     return r;
 }

@@ -215,13 +215,8 @@ static void init_empty(struct qcow2 *q, struct node *node)
     q->data = q->file;
     q->writable = !node_settings(node)->read_only;
     overlap_init(&q->ranges);
-    co_mutex_init(&q->alloc.lock);
     co_mutex_init(&q->flush.lock);
-    list_init(&q->alloc.blocks);
-    for (unsigned i = 0; i < QCOW2_REUSE_LISTS; i++)
-        list_init(&q->alloc.reuse[i]);
-    list_init(&q->alloc.freed);
-    list_init(&q->alloc.graced);
+    qcow2_alloc_clear(q);
     qcow2_guard_prepare(q);
 }
 

@@ -17,6 +17,7 @@
  *   qcow2-bitmap*.c   dirty bitmaps that the image stores
  *   qcow2-online.c    what the allocator does while the image is checked
  *   qcow2-snapshot*.c internal snapshots, while nobody else is here
+ *   qcow2-amend.c     version, width of refcounts and the like, as above
  *   qcow2-header.c, qcow2-create.c, qcow2-format.h   the header, empty images, what is on disk
  *
  * Lock order: a range of `ranges`, map.create, map.load, alloc.lock, flush.lock, guard.lock, then `lock`, which is never held
@@ -355,8 +356,13 @@ int co_fn qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted,
 
 /* ---- qcow2-alloc.c ---- */
 
+/* Of zeroes. */
+void qcow2_alloc_clear(struct qcow2 *q);
 int co_fn qcow2_alloc_init(struct qcow2 *q, const struct request *by, uint64_t table_offset,
                            uint32_t table_clusters, struct error **err);
+/* The same where nobody else is, after the refcounts have moved; the pool is forgotten, and counted no more. */
+int co_fn qcow2_alloc_reopen(struct qcow2 *q, const struct request *by, uint64_t table_offset,
+                             uint32_t table_clusters, struct error **err);
 /* For closing: what was made ready and not used is given back on disk. */
 int co_fn qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by);
 void qcow2_alloc_release(struct qcow2 *q);
