@@ -75,7 +75,7 @@ struct io_command {
 /* Runs one line. */
 void co_fn control_fn io_run_line(struct io *io, const char *line);
 /* `help`. */
-io_command_fn io_help;
+int co_fn control_fn io_help(struct io *io, int argc, char **argv);
 /* Prints the command's usage line. -EINVAL. */
 int io_wrong_usage(const char *name);
 /* A message behind the program's name. -EINVAL. */
@@ -86,7 +86,10 @@ void co_fn io_init(struct io *io, struct graph *g);
 
 /* ---- io-fault.c ---- */
 
-io_command_fn io_cmd_break, io_cmd_remove_break, io_cmd_resume, io_cmd_wait_break;
+int co_fn control_fn io_cmd_break(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_remove_break(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_resume(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_wait_break(struct io *io, int argc, char **argv);
 /* After opening: finds the image's breakpoints. */
 void io_find_fault(struct io *io);
 /* What breakpoints hold goes on, and all have ended when it returns. */
@@ -115,8 +118,15 @@ struct io_open io_open_default(void);
 /* Takes one of the above; also says what of the peer's options is not there. 1: another one. */
 int io_open_option(struct io_open *how, int option, const char *value, struct error **err);
 
-io_command_fn io_cmd_open, io_cmd_close, io_cmd_reopen, io_cmd_flush, io_cmd_truncate,
-    io_cmd_length, io_cmd_info, io_cmd_alloc, io_cmd_map;
+int co_fn control_fn io_cmd_open(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_close(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_reopen(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_flush(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_truncate(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_length(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_info(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_alloc(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_map(struct io *io, int argc, char **argv);
 
 /* ---- io-transfer.c ---- */
 
@@ -163,8 +173,14 @@ struct io_vector {
 
 int io_read_vector(struct io_vector *v, int argc, char **argv);
 
-io_command_fn io_cmd_read, io_cmd_readv, io_cmd_write, io_cmd_writev, io_cmd_discard;
-io_command_fn io_cmd_aio_read, io_cmd_aio_write, io_cmd_aio_flush;
+int co_fn control_fn io_cmd_read(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_readv(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_write(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_writev(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_discard(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_aio_read(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_aio_write(struct io *io, int argc, char **argv);
+int co_fn control_fn io_cmd_aio_flush(struct io *io, int argc, char **argv);
 
 /* ---- io-text.c ---- */
 
