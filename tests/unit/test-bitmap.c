@@ -2,7 +2,9 @@
 /* The bitmap through its header: ranges, levels, memory, claims, merges, resizing; and no memory, at every allocation. */
 #include "base/alloc.h"
 #include "base/macros.h"
+#include "base/prng.h"
 #include "bitmaps/bitmap.h"
+#include "seeds.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -13,6 +15,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdlib.h>
 
 static struct bitmap *must_make(uint64_t size, uint64_t granularity)
 {
@@ -364,5 +367,41 @@ static void test_bitmap__resizing_never_fails(void **state)
             bitmap_check(b);
             bitmap_free(b);
         }
+    }
+}
+
+/* Also for a size that ends within a byte, and over what is there already. */
+static void test_bitmap__what_was_read_can_be_written(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct prng prng = {.state = seed};
+        uint64_t size = 1 + prng_below(&prng, (uint64_t)100 << 20);
+        struct bitmap *from = bitmap_new(size, 512);
+        struct bitmap *to = bitmap_new(size, 512);
+        size_t bytes = (size_t)((size + 4095) / 4096) + 100;
+        uint8_t *bits = xalloc(1, bytes);
+        uint64_t offset;
+        uint64_t len = 0;
+
+        for (unsigned i = 0; i < 30; i++)
+            bitmap_set(from, prng_below(&prng, size), prng_below(&prng, size / 10 + 1));
+        bitmap_read(from, 0, bits, bytes);
+        memset(bits + bytes - 100, 0xff, 100); /* beyond the size: left out */
+        for (size_t at = 0; at < bytes; at += 4096)
+            bitmap_write(to, at * 8, bits + at, MIN(bytes - at, (size_t)4096));
+        bitmap_check(to);
+        assert_int_equal(bitmap_count(to), bitmap_count(from));
+        for (offset = 0; bitmap_next_dirty(from, offset + len, size, &offset, &len);) {
+            uint64_t seen;
+            uint64_t seen_len;
+
+            assert_true(bitmap_next_dirty(to, offset, size, &seen, &seen_len));
+            assert_int_equal(seen, offset);
+            assert_int_equal(seen_len, len);
+        }
+        free(bits);
+        bitmap_free(from);
+        bitmap_free(to);
     }
 }
