@@ -51,42 +51,48 @@ static int by_name(const void *a, const void *b)
     return order ? order : (int)x->name_len - (int)y->name_len;
 }
 
-static const char *check_names(const struct qcow2_bitmap_entry *v, uint32_t count)
+static int check_names(const struct qcow2_bitmap_entry *v, uint32_t count, const char **ret_problem)
 {
     const struct qcow2_bitmap_entry **sorted = try_new_n(const struct qcow2_bitmap_entry *, count);
-    const char *problem = NULL;
 
     if (!sorted)
-        return "there is no memory for it";
+        return -ENOMEM;
     for (uint32_t i = 0; i < count; i++)
         sorted[i] = &v[i];
     qsort(sorted, count, sizeof(struct qcow2_bitmap_entry *), by_name);
-    for (uint32_t i = 1; i < count && !problem; i++) {
+    for (uint32_t i = 1; i < count; i++) {
         if (by_name(&sorted[i - 1], &sorted[i]) == 0)
-            problem = "two bitmaps have the same name";
+            *ret_problem = "two bitmaps have the same name";
     }
     free(sorted);
-    return problem;
+    return *ret_problem ? -EBADMSG : 0;
 }
 
-struct qcow2_bitmap_entry *qcow2_bitmap_entries(const uint8_t *directory, size_t len,
-                                                uint32_t count, const char **ret_problem)
+static int read_entries(struct qcow2_bitmap_entry *v, uint32_t count, const uint8_t *directory,
+                        size_t len, const char **ret_problem)
 {
-    struct qcow2_bitmap_entry *v = try_new_n(struct qcow2_bitmap_entry, count);
     size_t at = 0;
 
-    *ret_problem = v ? NULL : "there is no memory for it";
     for (uint32_t i = 0; i < count && !*ret_problem; i++)
         *ret_problem = qcow2_bitmap_entry_next(directory, len, &at, &v[i]);
     if (!*ret_problem && at != len)
         *ret_problem = "the directory has more than the header says";
-    if (!*ret_problem)
-        *ret_problem = check_names(v, count);
-    if (*ret_problem) {
-        free(v);
-        return NULL;
-    }
-    return v;
+    return *ret_problem ? -EBADMSG : check_names(v, count, ret_problem);
+}
+
+int qcow2_bitmap_entries(const uint8_t *directory, size_t len, uint32_t count,
+                         struct qcow2_bitmap_entry **ret, const char **ret_problem)
+{
+    int r;
+
+    *ret_problem = NULL;
+    *ret = try_new_n(struct qcow2_bitmap_entry, count);
+    if (!*ret)
+        return -ENOMEM;
+    r = read_entries(*ret, count, directory, len, ret_problem);
+    if (r < 0)
+        free(take(ret));
+    return r;
 }
 
 /* In pieces: it may be longer than a buffer. */
@@ -312,12 +318,13 @@ static int co_fn control_fn load_directory(struct loading *l, const struct qcow2
     }
     if (r < 0)
         return r;
-    v = qcow2_bitmap_entries(b->directory, b->len, b->count, &problem);
-    if (!v) {
+    r = qcow2_bitmap_entries(b->directory, b->len, b->count, &v, &problem);
+    if (r == -EBADMSG) {
         drop_all(l, problem);
         return 0;
     }
-    r = load_entries(l, v);
+    if (r == 0)
+        r = load_entries(l, v);
     free(v);
     return r;
 }

@@ -428,13 +428,14 @@ static int co_fn store_anew(struct storing *s)
     const char *problem = NULL;
     int r = storing_begin(s);
 
-    if (r == 0 && b->directory) {
-        v = qcow2_bitmap_entries(b->directory, b->len, b->count, &problem);
-        r = v ? qcow2_bitmap_space_add_range(&s->freed, s->q, b->offset, b->len) : -ENOMEM;
-    }
-    if (r < 0)
-        return failed(s, r, "store the bitmaps");
-    r = store_all(s, v, v ? b->count : 0);
+    if (r == 0 && b->directory)
+        r = qcow2_bitmap_entries(b->directory, b->len, b->count, &v, &problem);
+    if (r == 0 && v)
+        r = qcow2_bitmap_space_add_range(&s->freed, s->q, b->offset, b->len);
+    if (r == 0)
+        r = store_all(s, v, v ? b->count : 0);
+    else
+        r = failed(s, r, "store the bitmaps");
     free(v);
     return r == 0 ? publish(s) : r;
 }
@@ -525,23 +526,21 @@ static int co_fn control_fn store_co_remove(struct node *node, struct pass *pass
     struct request by = {.kind = REQUEST_FLUSH, .pass = pass};
     struct storing s = {.q = q, .by = &by, .err = err};
     const struct qcow2_bitmaps *b = q->bitmaps;
-    struct qcow2_bitmap_removal *gone;
-    const struct qcow2_bitmap_entry *e;
-    struct qcow2_bitmap_entry *v;
+    struct qcow2_bitmap_removal *gone = try_new(struct qcow2_bitmap_removal);
+    const struct qcow2_bitmap_entry *e = NULL;
+    struct qcow2_bitmap_entry *v = NULL;
     const char *problem;
-    int r = 0;
+    int r = gone ? 0 : -ENOMEM;
 
-    if (!b->directory)
-        return 0;
-    v = qcow2_bitmap_entries(b->directory, b->len, b->count, &problem);
-    gone = try_new(struct qcow2_bitmap_removal);
-    if (!v || !gone) {
-        free(v);
+    if (r == 0 && b->directory)
+        r = qcow2_bitmap_entries(b->directory, b->len, b->count, &v, &problem);
+    if (r < 0) {
         free(gone);
-        return error_set(err, ENOMEM, "no memory to remove bitmap '%s'", name);
+        return error_set(err, -r, "no memory to remove bitmap '%s'", name);
     }
     list_init(&gone->link);
-    e = find_entry(v, b->count, name);
+    if (v)
+        e = find_entry(v, b->count, name);
     if (e)
         r = store_others(&s, v, e);
     if (e && r == 0) {

@@ -55,9 +55,12 @@ void qcow2_bitmaps_release(struct qcow2 *q);
 /* The autoclear bit, if the bitmaps are kept right (STORED-7). */
 uint64_t qcow2_bitmaps_autoclear_kept(const struct qcow2 *q);
 
-/* The entries of a directory, which owns their bytes, in order; the caller's to free. NULL, and why, or NULL for no memory. */
-struct qcow2_bitmap_entry *qcow2_bitmap_entries(const uint8_t *directory, size_t len,
-                                                uint32_t count, const char **ret_problem);
+/*
+ * The entries of a directory, which owns their bytes, in order; the caller's to free. -EBADMSG: they make no sense, see *ret_problem;
+ * -ENOMEM.
+ */
+int qcow2_bitmap_entries(const uint8_t *directory, size_t len, uint32_t count,
+                         struct qcow2_bitmap_entry **ret, const char **ret_problem);
 
 /* ---- qcow2-bitmap-store.c ---- */
 
