@@ -33,8 +33,8 @@ struct tracker {
 void control_fn node_attach_tracker(struct node *node, struct tracker *t);
 void control_fn node_detach_tracker(struct node *node, struct tracker *t);
 
-/* On the control thread: what a driver changes by itself, with no request in flight. */
-void control_fn node_tell_changed(struct node *node, uint64_t offset, uint64_t len);
+/* For what a driver changes by itself, with no request in flight. */
+void node_tell_changed(struct node *node, uint64_t offset, uint64_t len);
 
 /* On the control thread: the first one; the others by their `next`. */
 struct tracker *node_trackers(const struct node *node);

@@ -483,3 +483,29 @@ def test_what_is_refused(start, tmp_path):
     host.close()
     must_be_sound(tmp_path / "large.qcow2")
     assert os.stat(tmp_path / "large.qcow2").st_blocks * 512 < 4 * MIB
+
+
+@pytest.mark.parametrize("what", ["twice", "l1", "l2", "refcounts", "directory", "header"])
+def test_a_damaged_table_gives_nothing_away(start, tmp_path, what):
+    """Removing the bitmap gives back only what is its own: nobody else finds it among free clusters."""
+    path = create(tmp_path / "a.qcow2", "cluster_size=4k")
+    host = Host(start(), path)
+    host.bitmap("add", "a", granularity=512, persistent=True)
+    host.bitmap("add", "b", persistent=True)
+    host.io("write -P 1 0 64k", "write -P 2 20M 64k")
+    host.close()
+    table = field(path, directory(path), "Q")
+    l1 = field(path, 40, "Q")
+    patch(path, table + 8, "Q", {
+        "twice": field(path, table, "Q"), "l1": l1, "l2": field(path, l1, "Q") & 0xFFFFFFFFFFFE00,
+        "refcounts": field(path, 48, "Q"), "directory": directory(path), "header": 0}[what])
+    if what == "header":
+        patch(path, directory(path), "Q", 0)
+    host.open(path)
+    host.bitmap("remove", "a")
+    host.io(*[f"write -P {i + 3} {i * 8192 + (1 << 20)} 4k" for i in range(60)],
+            *[f"read -P {i + 3} {i * 8192 + (1 << 20)} 4k" for i in range(60)], "read -P 1 0 64k", "read -P 2 20M 64k")
+    host.close()
+    subprocess.run(["qemu-img", "check", "-q", "-r", "leaks", path], check=False, timeout=60)
+    must_be_sound(path)
+    assert listed(path) == [("b", 4096, ["auto"])]

@@ -54,7 +54,6 @@ static int co_fn control_fn change_all(const struct bitmap_command *x, struct im
 static int co_fn control_fn bitmap(struct graph *g, void *arg, struct error **err)
 {
     const struct bitmap_command *x = arg;
-    AUTO(error_free) struct error *ignored = NULL;
     struct image image = {.graph = NULL};
     struct image from = {.graph = NULL};
     size_t usable = 0;
