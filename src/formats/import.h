@@ -72,6 +72,7 @@ struct import_blocks {
     uint64_t table; /* where it lies there */
     unsigned entry_bytes;
     unsigned block_bits;
+    bool holes;     /* blocks are there that were never written */
     uint64_t group; /* entries of so many blocks are followed by another one; 0: there are none */
     import_entry_fn *entry;
     const void *of; /* what `entry` wants to know */

@@ -55,6 +55,7 @@ struct found {
     uint64_t len;
     uint64_t host_offset; /* FOUND_DATA, FOUND_ENCODED */
     struct edge *host;    /* FOUND_DATA */
+    bool holes;           /* FOUND_DATA */
     bool said;            /* FOUND_ZERO: by the layer, not for want of one */
 
     /* FOUND_DATA, FOUND_ENCODED: we are inside. */
@@ -88,6 +89,7 @@ static int co_fn ask(struct found *f, const struct request *req, uint64_t offset
     f->len = map.len;
     f->host_offset = map.host_offset;
     f->host = map.host;
+    f->holes = map.holes;
     return r;
 }
 
@@ -407,6 +409,26 @@ static int co_fn add_plain(struct node *top, const struct found *f, const struct
     return r;
 }
 
+/* Shortens it to what is all hole, or all data. */
+static int co_fn look_for_holes(const struct found *f, const struct request *by, struct extent *e)
+{
+    uint64_t size = node_size(f->host->node);
+    struct extent there;
+    struct extents one = {.v = &there, .max = 1};
+    struct request req = request_for(by, REQUEST_EXTENTS, f->host_offset, e->len);
+    int r;
+
+    if (!range_within(req.offset, req.len, size))
+        return 0; /* the file ends there: it is as good to say data */
+    req.extents = &one;
+    r = edge_co_request(f->host, &req);
+    if (r == 0 && one.count) {
+        e->len = MIN(e->len, there.len);
+        e->flags |= there.flags & EXTENT_ZERO;
+    }
+    return r;
+}
+
 int chain_co_extents(struct node *top, struct request *req)
 {
     struct extent e = {.offset = req->offset};
@@ -429,7 +451,10 @@ int chain_co_extents(struct node *top, struct request *req)
     if (f.kind == FOUND_DATA) {
         e.host = f.host->node;
         e.host_offset = f.host_offset;
+        r = f.holes ? look_for_holes(&f, req, &e) : 0;
     }
+    if (r < 0)
+        return r;
     (void)extents_add(req->extents, &e); /* full is as good */
     return 0;
 }

@@ -38,6 +38,7 @@ struct mapping {
     uint64_t len;         /* bytes that the answer holds for; > 0 */
     uint64_t host_offset; /* MAPPING_ENCODED: what co_read_encoded wants to know */
     struct edge *host;    /* MAPPING_DATA */
+    bool holes;           /* MAPPING_DATA: the child may have holes there, to be told as zeroes */
 };
 
 struct driver {

@@ -217,3 +217,145 @@ static void test_vmdk__descriptors_have_so_many_extents(void **state)
     must_not_parse(text, E2BIG, "there are more than 1024 extents");
     free(text);
 }
+
+/* ---- several files ---- */
+
+#define GRAINS_BYTES (IMPORT_BLOCKS * VMDK_MAKE_GRAIN)
+
+struct split {
+    const char *text;    /* of the descriptor */
+    const char *message; /* NULL: it opens */
+    int errnum;
+    struct image_bytes disk;
+};
+
+/* /disk/image names s (sparse), f (flat, 8 KiB). */
+static void open_split(void *arg)
+{
+    struct split *x = arg;
+    struct graph *g = graph_new(import_drivers);
+    static const char node[] = "{'driver':'vmdk','node-name':'d','read-only':true,"
+                               "'file':{'driver':'file','filename':'/disk/image'}}";
+
+    if (x->message) {
+        must_refuse(x->errnum, x->message, g, "%s", node);
+    } else {
+        struct backend *b;
+
+        must_add(g, "%s", node);
+        b = must_attach(g, "d", (struct access){ACCESS_READ, ACCESS_ALL}, "test");
+        import_compare(b, &x->disk, x->disk.disk_len);
+        import_compare(b, &x->disk, 1000);
+        import_compare_extents(b, &x->disk);
+        backend_co_free(b);
+    }
+    graph_co_free(g);
+}
+
+static void try_split(struct split *x)
+{
+    struct sim_disk *disk = sim_disk_new();
+    struct image_bytes s = vmdk_make(VMDK_MAKE_PLAIN);
+    uint8_t flat[8192];
+
+    for (size_t i = 0; i < sizeof(flat); i++)
+        flat[i] = import_byte(7777 + i);
+    import_put(disk, "/disk/image", x->text, strlen(x->text));
+    import_put(disk, "/disk/s", s.bytes, s.len);
+    import_put(disk, "/disk/f", flat, sizeof(flat));
+    import_put(disk, "/disk/below/f", flat, sizeof(flat));
+    x->disk = image_bytes_new(1, 2 * (size_t)GRAINS_BYTES + 16384);
+    memcpy(x->disk.disk, flat + 512, 4096);
+    memcpy(x->disk.disk + 4096 + 2048, s.disk, GRAINS_BYTES);
+    memcpy(x->disk.disk + 4096 + 2048 + GRAINS_BYTES, flat, 8192);
+    memcpy(x->disk.disk + 4096 + 2048 + GRAINS_BYTES + 8192, s.disk, GRAINS_BYTES - 1024);
+    x->disk.disk_len = 4096 + 2048 + 2 * (size_t)GRAINS_BYTES + 8192 - 1024;
+    import_run(disk, open_split, x);
+    image_bytes_free(&x->disk);
+    image_bytes_free(&s);
+    sim_disk_free(disk);
+}
+
+#define SPLIT HEAD "createType=\"twoGbMaxExtentFlat\"\n"
+
+static void test_vmdk__extents_follow_each_other(void **state)
+{
+    struct split x = {.text = SPLIT "RW 8 FLAT \"f\" 1\nRW 4 ZERO\nRW 128 SPARSE \"s\"\n"
+                                    "RW 16 FLAT \"f\" 0\nRW 126 SPARSE \"s\"\n"};
+
+    (void)state;
+    try_split(&x);
+}
+
+static void must_refuse_split(const char *text, int errnum, const char *message)
+{
+    struct split x = {.text = text, .message = message, .errnum = errnum};
+
+    try_split(&x);
+}
+
+static void test_vmdk__extents_are_files_beside_their_descriptor(void **state)
+{
+    (void)state;
+    must_refuse_split(SPLIT "RW 8 FLAT \"below/f\" 0\n", EACCES,
+                      "extent 'below/f' is not named as a file in the image's own directory");
+    must_refuse_split(SPLIT "RW 8 FLAT \"/disk/f\" 0\n", EACCES, "extent '/disk/f' is not named");
+    must_refuse_split(SPLIT "RW 8 FLAT \"below\\f\" 0\n", EACCES, "is not named as a file");
+    must_refuse_split(SPLIT "RW 8 FLAT \"file:f\" 0\n", EACCES, "extent 'file:f' is not named");
+    must_refuse_split(SPLIT "RW 8 FLAT \"..\" 0\n", EACCES, "extent '..' is not named");
+    must_refuse_split(SPLIT "RW 8 FLAT \"nowhere\" 0\n", ENOENT, "node 'd': extents.0 'nowhere'");
+    must_refuse_split(SPLIT "RW 8 FLAT \"image\" 0\n", EINVAL, "it is the image itself");
+}
+
+static void test_vmdk__extents_have_what_the_descriptor_says(void **state)
+{
+    (void)state;
+    must_refuse_split(SPLIT "RW 16 FLAT \"f\" 1\n", EINVAL,
+                      "extent 'f': node 'd': 8192 bytes cannot lie at 512 of a file of 8192");
+    must_refuse_split(SPLIT "RW 1 FLAT \"f\" 18014398509481\n", EINVAL, "512 bytes cannot lie at");
+    must_refuse_split(SPLIT "RW 129 SPARSE \"s\"\n", EINVAL,
+                      "extent 's': node 'd': it has 128 sectors, and the descriptor says 129");
+    must_refuse_split(SPLIT "RW 8 SPARSE \"f\"\n", EINVAL, "extent 'f': node 'd': this is no VMDK");
+    must_refuse_split(SPLIT "RW 18014398507384000 ZERO\nRW 18014398507384000 ZERO\n", EINVAL,
+                      "the disk would have more than");
+}
+
+static void look_for_holes(void *arg)
+{
+    struct graph *g = graph_new(import_drivers);
+    struct extent v[8];
+    struct extents e = {.v = v, .max = ARRAY_SIZE(v)};
+    struct request req = {.kind = REQUEST_EXTENTS, .len = MIB, .extents = &e};
+    struct backend *b;
+
+    (void)arg;
+    must_add(g, "{'driver':'vmdk','node-name':'d','read-only':true,"
+                "'file':{'driver':'file','filename':'/disk/image'}}");
+    b = must_attach(g, "d", (struct access){ACCESS_READ, ACCESS_ALL}, "test");
+    assert_int_equal(backend_co_request(b, &req), 0);
+    assert_int_equal(e.count, 3);
+    assert_false(v[0].flags & EXTENT_DATA && !(v[0].flags & EXTENT_ZERO));
+    assert_int_equal(v[1].offset, 65536);
+    assert_int_equal(v[1].len, 4096);
+    assert_int_equal(v[1].flags, EXTENT_DATA | EXTENT_ALLOCATED | EXTENT_OFFSET_VALID);
+    assert_true(v[2].flags & EXTENT_ZERO);
+    backend_co_free(b);
+    graph_co_free(g);
+}
+
+/* A copy of such a disk takes what its data take, not its size (P5). */
+static void test_vmdk__holes_of_flat_extents_are_told(void **state)
+{
+    struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = MIB};
+    static const char text[] = SPLIT "RW 2048 FLAT \"f\" 0\n";
+    struct sim_disk *disk = sim_disk_new();
+    uint8_t data[4096];
+
+    (void)state;
+    memset(data, 1, sizeof(data));
+    import_put(disk, "/disk/image", text, sizeof(text) - 1);
+    sim_disk_make(disk, "/disk/f", &setup);
+    sim_disk_write(disk, "/disk/f", 65536, data, sizeof(data));
+    import_run(disk, look_for_holes, NULL);
+    sim_disk_free(disk);
+}

@@ -157,6 +157,7 @@ static int co_fn control_fn vdi_co_open(struct node *node, const void *options, 
         .table = load_le32(h + VDI_AT_MAP),
         .entry_bytes = 4,
         .block_bits = (unsigned)__builtin_ctz(load_le32(h + VDI_AT_BLOCK_SIZE)),
+        .holes = load_le32(h + VDI_AT_TYPE) == VDI_TYPE_STATIC,
         .entry = entry_says,
         .of = v,
     };

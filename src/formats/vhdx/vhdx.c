@@ -423,6 +423,7 @@ static int set_blocks(struct vhdx *v, const struct disk *d, const struct region 
         .table = bat->offset,
         .entry_bytes = 8,
         .block_bits = (unsigned)__builtin_ctz(d->block),
+        .holes = true,
         .group = group,
         .entry = entry_says,
         .of = v,

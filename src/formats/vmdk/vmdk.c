@@ -6,10 +6,12 @@
 #include "base/endian.h"
 #include "formats/vmdk/vmdk-internal.h"
 #include "graph/gate.h"
+#include "graph/graph.h"
 #include "vmdk-options.h"
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -38,7 +40,22 @@ static int co_fn vmdk_co_map(struct node *node, const struct request *req, uint6
     const struct vmdk_extent *e = vmdk_extent_at(v, offset);
     uint64_t inside = offset - e->start;
 
-    return vmdk_sparse_map(v, e, req, inside, MIN(len, e->len - inside), ret);
+    len = MIN(len, e->len - inside);
+    switch (e->kind) {
+    case VMDK_FLAT:
+        *ret = (struct mapping){.kind = MAPPING_DATA,
+                                .len = len,
+                                .host_offset = e->file_start + inside,
+                                .host = e->file,
+                                .holes = true};
+        return 0;
+    case VMDK_ZERO:
+        *ret = (struct mapping){.kind = MAPPING_ZERO, .len = len};
+        return 0;
+    case VMDK_SPARSE:
+        break;
+    }
+    return vmdk_sparse_map(v, e, req, inside, len, ret);
 }
 
 /* ---- opening ---- */
@@ -95,7 +112,81 @@ static int co_fn open_one_file(struct vmdk *v, const struct request *by, struct 
     return r;
 }
 
-static int co_fn open_extents(struct vmdk *v, const struct request *by, struct error **err)
+/* Q6: a file in the descriptor's own directory. What may be opened there, grants say. */
+static int check_name(const char *name, const char *node, struct error **err)
+{
+    if (strpbrk(name, "/\\:") || strcmp(name, "..") == 0 || strcmp(name, ".") == 0)
+        return error_set(err, EACCES,
+                         "node '%s': extent '%.200s' is not named as a file in the image's own "
+                         "directory, and others are not opened",
+                         node, name);
+    return 0;
+}
+
+static int co_fn control_fn attach(struct vmdk *v, unsigned i, struct error **err)
+{
+    const char *name = v->descriptor.lines[i].name;
+    char child[32];
+    int r = check_name(name, node_name(v->import.node), err);
+
+    (void)snprintf(child, sizeof(child), "extents.%u", i);
+    if (r == 0)
+        r = node_co_attach_file(v->import.node, child, name, err);
+    if (r == 0)
+        v->extents[i].file = node_child(v->import.node, child);
+    return r;
+}
+
+/* Does its file have as much as the descriptor says? */
+static int co_fn open_sparse(struct vmdk *v, const struct request *by, unsigned i,
+                             struct error **err)
+{
+    const struct vmdk_line *line = &v->descriptor.lines[i];
+    uint64_t capacity;
+    uint64_t text;
+    uint64_t text_len;
+    int r = vmdk_sparse_open(v, by, &v->extents[i], &capacity, &text, &text_len, err);
+
+    if (r == 0 && capacity < line->sectors)
+        r = error_set(err, EINVAL,
+                      "node '%s': it has %" PRIu64 " sectors, and the descriptor says %" PRIu64,
+                      node_name(v->import.node), capacity, line->sectors);
+    return r;
+}
+
+static int check_flat(const struct vmdk *v, const struct vmdk_extent *e, struct error **err)
+{
+    uint64_t size = node_size(edge_node(e->file));
+
+    if (!range_within(e->file_start, e->len, size)) /* IMPORT-2 */
+        return error_set(err, EINVAL,
+                         "node '%s': %" PRIu64 " bytes cannot lie at %" PRIu64
+                         " of a file of %" PRIu64,
+                         node_name(v->import.node), e->len, e->file_start, size);
+    return 0;
+}
+
+static int co_fn control_fn open_one_of_many(struct vmdk *v, const struct request *by, unsigned i,
+                                             struct error **err)
+{
+    const struct vmdk_line *line = &v->descriptor.lines[i];
+    struct vmdk_extent *e = &v->extents[i];
+    int r;
+
+    e->kind = line->kind;
+    e->len = line->sectors * VMDK_SECTOR;
+    e->file_start = line->first * VMDK_SECTOR;
+    if (e->kind == VMDK_ZERO)
+        return 0;
+    r = attach(v, i, err);
+    if (r < 0)
+        return r;
+    r = e->kind == VMDK_FLAT ? check_flat(v, e, err) : open_sparse(v, by, i, err);
+    return r < 0 ? error_wrap(err, r, "extent '%.200s'", line->name) : 0;
+}
+
+static int co_fn control_fn open_extents(struct vmdk *v, const struct request *by,
+                                         struct error **err)
 {
     struct edge *file = node_file(v->import.node);
     uint64_t size = node_size(edge_node(file));
@@ -114,10 +205,11 @@ static int co_fn open_extents(struct vmdk *v, const struct request *by, struct e
     v->extents = try_new_n(struct vmdk_extent, v->count);
     if (!v->extents)
         return error_set(err, ENOMEM, "no memory");
-    if (!v->one_file)
-        return error_set(err, ENOTSUP, "node '%s': images in several files are not supported yet",
-                         node_name(v->import.node));
-    return open_one_file(v, by, err);
+    if (v->one_file)
+        return open_one_file(v, by, err);
+    for (unsigned i = 0; r == 0 && i < v->count; i++)
+        r = open_one_of_many(v, by, i, err);
+    return r;
 }
 
 static void release(struct vmdk *v)
@@ -183,6 +275,22 @@ uint64_t vmdk_grain_bytes(const struct node *node, unsigned extent, bool *ret_co
     return e->kind == VMDK_SPARSE ? (uint64_t)1 << e->grain_bits : 0;
 }
 
+/* With all extents. */
+static uint64_t vmdk_allocated_bytes(const struct node *node)
+{
+    const struct vmdk *v = node_state(node);
+    uint64_t sum = import_allocated_bytes(node);
+
+    for (unsigned i = 0; !v->one_file && i < v->count; i++) {
+        uint64_t bytes = 0;
+
+        if (v->extents[i].file)
+            (void)node_allocated_bytes(edge_node(v->extents[i].file), &bytes);
+        sum += bytes;
+    }
+    return sum;
+}
+
 static uint64_t vmdk_cluster_bytes(const struct node *node)
 {
     bool compressed;
@@ -202,6 +310,6 @@ const struct driver vmdk_driver = {
     .co_map = vmdk_co_map,
     .co_read_encoded = vmdk_co_read_encoded,
     .filename = import_filename,
-    .allocated_bytes = import_allocated_bytes,
+    .allocated_bytes = vmdk_allocated_bytes,
     .cluster_bytes = vmdk_cluster_bytes,
 };

@@ -259,8 +259,11 @@ static int co_fn vpc_co_map(struct node *node, const struct request *req, uint64
     int r;
 
     if (v->fixed) {
-        *ret = (struct mapping){
-            .kind = MAPPING_DATA, .len = len, .host_offset = offset, .host = node_file(node)};
+        *ret = (struct mapping){.kind = MAPPING_DATA,
+                                .len = len,
+                                .host_offset = offset,
+                                .host = node_file(node),
+                                .holes = true};
         return 0;
     }
     r = import_map_blocks(&v->import, &v->blocks, req, offset, len, ret);
