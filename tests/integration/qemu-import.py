@@ -23,6 +23,9 @@ MADE = [
     ("vmdk", "", "1"),
     ("vmdk", "", "3000k"),
     ("vmdk", "zeroed_grain=on", "5M"),
+    ("vmdk", "subformat=monolithicFlat", "3000k"),
+    ("vmdk", "subformat=twoGbMaxExtentSparse", "5M"),
+    ("vmdk", "subformat=twoGbMaxExtentFlat", "5M"),
     ("vpc", "", "10M"),
     ("vpc", "force_size=on", "3000k"),
     ("vpc", "subformat=fixed", "5M"),
@@ -62,6 +65,8 @@ def test_what_the_peer_writes_is_read(tools, fmt, options, size):
     tools.same_json("info", "--output=json", "-f", fmt, "x.img")
     tools.same("info", "-f", fmt, "x.img")
     tools.same("compare", "-f", fmt, "-F", fmt, "x.img", "x.img")
+    if fmt != "vhdx":  # of which the peer says that all is data
+        tools.same("measure", "-f", fmt, "-O", "qcow2", "x.img")
 
 
 @pytest.mark.parametrize("fmt,options,size", [m for m in MADE if m[0] in ("vdi", "vmdk")])
@@ -99,6 +104,44 @@ def test_stream_optimized_images_are_read(tools, size):
     for size in (512, 70000):
         tools.ours("dd", "-O", "raw", f"bs={size}", "if=x.img", "of=y.raw")
         tools.ours("compare", "-f", "raw", "-F", "raw", "x.raw", "y.raw")
+
+
+@pytest.mark.parametrize("subformat", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+def test_disks_of_several_extents_are_read_across_them(tools, subformat):
+    make(tools, "vmdk", f"subformat={subformat}", "5G", "write -P 1 0 64k", "write -P 2 2047M 2M", "write -P 3 4095M 2M",
+         "write -P 4 5119M 1M")
+    for words in (("info",), ("map",), ("check",)):
+        tools.same(*words, "x.img")
+    for words in (("info",), ("map",)):
+        tools.same_json(*words, "--output=json", "x.img")
+    tools.ours("convert", "-O", "qcow2", "x.img", "x.qcow2")
+    tools.peer("compare", "x.img", "x.qcow2")
+
+
+def extents(tools):
+    return sorted(n for n in os.listdir(tools.directory) if n.startswith("x-"))
+
+
+def test_extents_must_lie_beside_their_descriptor(tools):
+    make(tools, "vmdk", "subformat=monolithicFlat", "2M", "write -P 1 0 64k")
+    name, = extents(tools)
+    with open(tools.path("x.img"), encoding="utf-8") as f:
+        text = f.read()
+    elsewhere = tools.path("elsewhere")
+    os.mkdir(elsewhere)
+    os.rename(tools.path(name), os.path.join(elsewhere, name))
+    refused = tools.ours("info", "x.img", ok=(1,))
+    assert f"extents.0 '{name}'" in refused.stderr and "cannot find file" in refused.stderr
+    for other in (f"elsewhere/{name}", os.path.join(elsewhere, name), f"file:{name}", "..", "x.img"):
+        with open(tools.path("x.img"), "w", encoding="utf-8") as f:
+            f.write(text.replace(name, other))
+        assert tools.ours("info", "x.img", ok=(1,)).stderr, other
+    with open(tools.path("x.img"), "w", encoding="utf-8") as f:
+        f.write(text)
+    os.symlink(os.path.join(elsewhere, name), tools.path(name))
+    refused = tools.cairn("info", "x.img", ok=(1,))
+    assert "--allow" in refused.stderr
+    tools.cairn("info", "--allow", elsewhere, "x.img")
 
 
 def damage(tools, at, value):

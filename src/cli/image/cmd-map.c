@@ -35,12 +35,20 @@ struct entry {
     const char *filename; /* NULL: not as it is in a file */
 };
 
+/* A file that data lies in. */
+struct host {
+    const struct node *node;
+    struct extent_walk walk;
+    char *filename;
+    struct host *next;
+};
+
 struct mapping_walk {
     const struct map *map;
     struct image image;
     struct extent_walk *formats; /* one for each layer */
-    struct extent_walk *files;
-    struct entry current; /* not printed yet, as what follows may continue it */
+    struct host *hosts;          /* those that were met */
+    struct entry current;        /* not printed yet, as what follows may continue it */
     bool printed;
 };
 
@@ -79,11 +87,16 @@ static void print_current(struct mapping_walk *w)
     w->current.len = 0;
 }
 
+static bool same_file(const struct entry *a, const struct entry *b)
+{
+    return !a->filename || !b->filename || strcmp(a->filename, b->filename) == 0;
+}
+
 static bool continues(const struct entry *a, const struct entry *b)
 {
     return a->len && a->depth == b->depth && a->present == b->present && a->zero == b->zero &&
            a->data == b->data && a->has_offset == b->has_offset &&
-           (!a->has_offset || a->offset + a->len == b->offset);
+           (!a->has_offset || (a->offset + a->len == b->offset && same_file(a, b)));
 }
 
 static int add(struct mapping_walk *w, const struct entry *e, struct error **err)
@@ -99,21 +112,69 @@ static int add(struct mapping_walk *w, const struct entry *e, struct error **err
     return 0;
 }
 
-/* Data may lie where the file itself has a hole: it then reads as zeroes, too. */
-static int co_fn refine(struct mapping_walk *w, size_t depth, struct entry *e)
+/* As the peer names it: as the image does, seen from where the image is. */
+static char *host_name(const struct image_layer *l, const struct node *host)
 {
-    struct extent_walk *file = &w->files[depth];
-    uint64_t size = backend_size(file->backend);
-    struct extent x;
+    const char *path = node_filename(host);
+    const char *slash = path ? strrchr(path, '/') : NULL;
+
+    if (l->data_node && strcmp(node_name(host), l->data_node) == 0)
+        return xstrdup(l->data_filename);
+    if (!l->imported || !path || strcmp(node_name(host), l->file_node) == 0)
+        return xstrdup(l->filename);
+    return image_combine(l->path, slash ? slash + 1 : path); /* one of several */
+}
+
+static int co_fn control_fn find_host(struct mapping_walk *w, const struct image_layer *l,
+                                      const struct node *node, struct host **ret)
+{
+    AUTO(error_free) struct error *ignored = NULL; /* the number says what is needed */
+    struct host *h = w->hosts;
     int r;
 
-    if (!e->data || !e->has_offset || file->backend == w->formats[depth].backend)
+    while (h && h->node != node)
+        h = h->next;
+    if (!h) {
+        h = xnew(struct host);
+        r = image_co_backend(&h->walk.backend, w->image.graph, node_name(node),
+                             (struct access){ACCESS_READ, ACCESS_ALL}, &ignored);
+        if (r < 0) {
+            free(h);
+            return r;
+        }
+        h->node = node;
+        h->filename = host_name(l, node);
+        h->next = w->hosts;
+        w->hosts = h;
+    }
+    *ret = h;
+    return 0;
+}
+
+/* Data may lie where the file itself has a hole: it then reads as zeroes, too. */
+static int co_fn control_fn refine(struct mapping_walk *w, const struct image_layer *l,
+                                   const struct node *node, struct entry *e)
+{
+    struct extent x;
+    struct host *h;
+    uint64_t size;
+    int r;
+
+    e->filename = l->filename;
+    if (!e->has_offset || strcmp(l->node, l->file_node) == 0)
         return 0;
+    r = find_host(w, l, node, &h);
+    if (r < 0)
+        return r;
+    e->filename = h->filename;
+    if (!e->data)
+        return 0;
+    size = backend_size(h->walk.backend);
     if (e->offset >= size) {
         e->zero = true;
         return 0;
     }
-    r = extent_walk_at(file, e->offset, MIN(e->len, size - e->offset), &x);
+    r = extent_walk_at(&h->walk, e->offset, MIN(e->len, size - e->offset), &x);
     if (r == 0) {
         e->len = x.len;
         e->zero = x.flags & EXTENT_ZERO;
@@ -122,7 +183,8 @@ static int co_fn refine(struct mapping_walk *w, size_t depth, struct entry *e)
 }
 
 /* What lies at `offset`, of `len` bytes at most. */
-static int co_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len, struct entry *e)
+static int co_fn control_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len,
+                                 struct entry *e)
 {
     size_t last = w->image.count - 1;
 
@@ -156,9 +218,7 @@ static int co_fn find(struct mapping_walk *w, uint64_t offset, uint64_t len, str
         e->zero = x.flags & EXTENT_ZERO;
         e->has_offset = x.flags & EXTENT_OFFSET_VALID;
         e->offset = x.host_offset;
-        e->filename = w->image.layers[i].data_filename ? w->image.layers[i].data_filename
-                                                       : w->image.layers[i].filename;
-        return refine(w, i, e);
+        return refine(w, &w->image.layers[i], x.host, e);
     }
     return 0;
 }
@@ -196,30 +256,27 @@ static int co_fn control_fn open_layers(struct mapping_walk *w, struct error **e
     int r = 0;
 
     w->formats = xnew_n(struct extent_walk, image->count);
-    w->files = xnew_n(struct extent_walk, image->count);
     for (size_t i = 0; r == 0 && i < image->count; i++) {
         struct image_layer *l = &image->layers[i];
 
         r = image_co_backend(&w->formats[i].backend, image->graph, l->node, access, err);
-        if (r == 0 && l->node == l->file_node)
-            w->files[i].backend = w->formats[i].backend;
-        else if (r == 0)
-            r = image_co_backend(&w->files[i].backend, image->graph,
-                                 l->data_node ? l->data_node : l->file_node,
-                                 (struct access){ACCESS_READ, ACCESS_ALL}, err);
     }
     return r;
 }
 
 static void co_fn control_fn close_layers(struct mapping_walk *w)
 {
-    for (size_t i = 0; w->formats && i < w->image.count; i++) {
-        if (w->files[i].backend != w->formats[i].backend)
-            (void)backend_co_free(w->files[i].backend);
-        (void)backend_co_free(w->formats[i].backend);
+    struct host *h;
+
+    while ((h = w->hosts)) {
+        w->hosts = h->next;
+        (void)backend_co_free(h->walk.backend);
+        free(h->filename);
+        free(h);
     }
+    for (size_t i = 0; w->formats && i < w->image.count; i++)
+        (void)backend_co_free(w->formats[i].backend);
     free(w->formats);
-    free(w->files);
 }
 
 static int co_fn control_fn map(struct graph *g, void *arg, struct error **err)

@@ -427,6 +427,7 @@ static int co_fn control_fn open_imported(struct image *image, size_t i, struct 
     node = graph_find(image->graph, layer->node);
     layer->imported = true;
     layer->imported_size = node_size(node);
+    (void)node_allocated_bytes(node, &layer->disk_bytes); /* there may be several files */
     layer->imported_cluster = node_driver(node)->cluster_bytes(node);
     return 0;
 }
