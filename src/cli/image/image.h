@@ -95,6 +95,11 @@ const char *image_format(const struct image *image);
 
 /* Adds a node. Takes the definition; -EINVAL when it is NULL. */
 int co_fn control_fn image_co_add_node(struct graph *g, json_t *definition, struct error **err);
+/*
+ * Adds a temporary layer over the node `below`, which takes all writes and goes with the process. `discard`: as for all nodes.
+ */
+int co_fn control_fn image_co_add_overlay(struct graph *g, const char *name, const char *below,
+                                          uint64_t size, const char *discard, struct error **err);
 /* A backend on a node, attached to this loop. */
 int co_fn control_fn image_co_backend(struct backend **ret, struct graph *g, const char *node,
                                       struct access access, struct error **err);

@@ -152,6 +152,7 @@ const struct cli_command io_command = {
         "\n"
         "  -c, --cmd COMMAND     run it; may be given several times\n"
         "  -r, --read-only       open the image for reading only\n"
+        "  -s, --snapshot        write to a temporary layer; the image stays as it is\n"
         "  -t, --cache CACHE     none, writeback, writethrough (default), directsync, unsafe\n"
         "  -n, --nocache         -t none\n"
         "  -d, --discard MODE    unmap (default) or ignore\n"

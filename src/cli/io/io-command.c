@@ -83,7 +83,8 @@ static const struct io_command commands[] = {
      " -t, -- use the given cache mode for the image\n"
      " -d, -- use the given discard mode for the image\n"
      " -o, -- options to be given to the block driver\n"
-     " -s, -C, -k, -i -- refused\n"},
+     " -s, -- write to a temporary snapshot\n"
+     " -C, -k, -i -- refused\n"},
     {"quit", "q", quit, 0, -1, IO_NO_IMAGE, NULL, "exit the program", NULL},
     {"read", "r", io_cmd_read, 2, -1, 0, "[-abCqv] [-P pattern [-s off] [-l len]] off len",
      "reads a number of bytes at a specified offset",

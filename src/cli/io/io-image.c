@@ -18,6 +18,8 @@
 
 #define SECTOR 512
 
+#define OVERLAY_NODE "overlay"
+
 /* ---- opening ---- */
 
 void io_open_release(struct io_open *how)
@@ -25,6 +27,34 @@ void io_open_release(struct io_open *how)
     free(how->name);
     free(how->format);
     *how = (struct io_open){.name = NULL};
+}
+
+/* What the commands use: a temporary layer over the image. */
+static int co_fn control_fn open_overlay(struct io *io, const struct io_open *how,
+                                         struct error **err)
+{
+    struct access access = {.wants = ACCESS_READ, .tolerates = ACCESS_READ};
+    int r = image_co_add_overlay(io->graph, OVERLAY_NODE, io->image.layers[0].node,
+                                 image_size(&io->image),
+                                 how->flags & IMAGE_NO_DISCARD ? "ignore" : "unmap", err);
+
+    if (r < 0)
+        return r;
+    io->has_overlay = true;
+    access.wants |= how->flags & IMAGE_WRITE ? ACCESS_WRITE : 0;
+    return image_co_backend(&io->image.backend, io->graph, OVERLAY_NODE, access, err);
+}
+
+static void co_fn control_fn close_all(struct io *io)
+{
+    AUTO(error_free) struct error *ignored = NULL; /* it is closed with the graph */
+
+    if (io->has_overlay) {
+        io->image.backend = backend_co_free(io->image.backend);
+        (void)graph_co_del(io->graph, OVERLAY_NODE, &ignored);
+    }
+    io->has_overlay = false;
+    image_co_close(&io->image);
 }
 
 int io_open_image(struct io *io, struct io_open *how, struct error **err)
@@ -37,16 +67,22 @@ int io_open_image(struct io *io, struct io_open *how, struct error **err)
     };
     int r;
 
-    if (how->flags & IMAGE_SHARE && how->flags & IMAGE_WRITE)
+    if (how->overlay)
+        spec.flags = (spec.flags & ~(unsigned)IMAGE_WRITE) | IMAGE_NODES;
+    else if (how->flags & IMAGE_SHARE && how->flags & IMAGE_WRITE)
         return error_set(err, EINVAL, "-U needs -r: what others write to is only read");
     r = image_co_open(&io->image, io->graph, "i", &spec, err);
-    if (r < 0)
+    if (r == 0 && how->overlay)
+        r = open_overlay(io, how, err);
+    if (r < 0) {
+        close_all(io);
         return r;
+    }
     io->is_open = true;
     io->how = *how;
     *how = (struct io_open){.name = NULL};
     io_find_fault(io);
-    if (io->how.flags & IMAGE_WRITE)
+    if (spec.flags & IMAGE_WRITE)
         image_warn_probed(&io->image);
     return 0;
 }
@@ -57,7 +93,7 @@ void io_close_image(struct io *io)
         return;
     io_join(io);
     io->fault = NULL;
-    image_co_close(&io->image);
+    close_all(io);
     io_open_release(&io->how);
     io->is_open = false;
 }
@@ -106,8 +142,9 @@ int io_open_option(struct io_open *how, int option, const char *value, struct er
         return read_cache(how, value, err);
     case IO_OPEN_DISCARD:
         return read_discard(how, value, err);
-    case 's':
-        return error_set(err, ENOTSUP, "-s: temporary snapshots are not supported");
+    case IO_OPEN_OVERLAY:
+        how->overlay = true;
+        return 0;
     case 'C':
         return error_set(err, ENOTSUP, "-C: copy-on-read is not supported yet");
     case 'm':
@@ -289,6 +326,8 @@ int co_fn control_fn io_cmd_truncate(struct io *io, int argc, char **argv)
     int r = 0;
     int opt;
 
+    if (io->has_overlay)
+        return io_say("truncate: a temporary snapshot keeps its size");
     while (r == 0 && (opt = getopt(argc, argv, "m:")) != -1) {
         if (opt != 'm')
             return io_wrong_usage(argv[0]);
@@ -369,7 +408,7 @@ int co_fn control_fn io_cmd_info(struct io *io, int argc, char **argv)
 /* A format that has no layers holds everything itself. */
 static bool has_layers(const struct io *io)
 {
-    return io->image.layers[0].header.version != 0;
+    return io->has_overlay || io->image.layers[0].header.version != 0;
 }
 
 /* How much from `offset` on is of one kind, at most `len`. */

@@ -35,6 +35,7 @@ struct io_open {
     bool options; /* `name` is options */
     unsigned flags;
     bool writethrough; /* each write is durable */
+    bool overlay;      /* writes go to a temporary layer */
 };
 
 struct io {
@@ -42,6 +43,7 @@ struct io {
     struct image image;
     struct io_open how;
     bool is_open;
+    bool has_overlay;      /* there is a node for it */
     struct co_scope async; /* commands that nobody waits for */
     struct co *co;         /* runs the commands */
     struct node *fault;    /* in the image; or NULL */
@@ -107,6 +109,7 @@ void co_fn control_fn io_close_image(struct io *io);
 /* What all options that say how an image is opened have in common. */
 enum io_open_option {
     IO_OPEN_READ_ONLY = 'r',
+    IO_OPEN_OVERLAY = 's',
     IO_OPEN_NO_CACHE = 'n',
     IO_OPEN_SHARE = 'U',
     IO_OPEN_CACHE = 't',

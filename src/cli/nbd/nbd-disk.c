@@ -5,18 +5,13 @@
  *
  *   window -> overlay -> image -> ...
  */
-#include "base/alloc.h"
 #include "base/macros.h"
 #include "cli/nbd/nbd.h"
-#include "formats/qcow2/qcow2-create.h"
 #include "graph/node.h"
 
 #include <errno.h>
 #include <inttypes.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #define OVERLAY_NODE "overlay"
 #define WINDOW_NODE  "window"
@@ -27,44 +22,12 @@ static const char *discard_mode(const struct nbd_tool *t)
     return t->discard ? t->discard : "ignore";
 }
 
-/*
- * The file loses its name as soon as it is open: it goes with the process, however that ends. Flushing what nobody can open again
- * would be of no use.
- */
-static int co_fn control_fn open_overlay(struct nbd_disk *disk, const struct nbd_tool *t,
-                                         const char *path, struct error **err)
-{
-    struct qcow2_create_options options = QCOW2_CREATE_OPTIONS_INIT;
-    int r;
-
-    options.size = image_size(&disk->image);
-    r = qcow2_co_create(path, &options, err);
-    if (r < 0)
-        return r;
-    r = image_co_add_node(disk->image.graph,
-                          json_pack("{s:s, s:s, s:s, s:s, s:{s:s, s:s, s:{s:b}}}", "driver",
-                                    "qcow2", "node-name", OVERLAY_NODE, "backing", disk->top,
-                                    "discard", discard_mode(t), "file", "driver", "file",
-                                    "filename", path, "cache", "no-flush", 1),
-                          err);
-    (void)unlink(path); /* at worst a file stays in the directory for temporary ones */
-    return r;
-}
-
 static int co_fn control_fn add_overlay(struct nbd_disk *disk, const struct nbd_tool *t,
                                         struct error **err)
 {
-    const char *where = getenv("TMPDIR");
-    AUTO(free_ptr)
-    char *dir = xasprintf("%s/cairn-nbd-XXXXXX", where && *where ? where : "/var/tmp");
-    AUTO(free_ptr) char *path = NULL;
-    int r;
+    int r = image_co_add_overlay(disk->image.graph, OVERLAY_NODE, disk->top,
+                                 image_size(&disk->image), discard_mode(t), err);
 
-    if (!mkdtemp(dir))
-        return error_set(err, errno, "cannot make the directory '%s': %s", dir, strerror(errno));
-    path = xasprintf("%s/overlay.qcow2", dir);
-    r = open_overlay(disk, t, path, err);
-    (void)rmdir(dir); /* as above */
     if (r < 0)
         return error_wrap(err, r, "--snapshot");
     disk->overlay = true;
