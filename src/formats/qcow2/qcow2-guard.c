@@ -11,6 +11,7 @@
 #include "formats/qcow2/qcow2-header.h"
 #include "formats/qcow2/qcow2-snapshot.h"
 #include "formats/qcow2/qcow2.h"
+#include "loop/loop.h"
 #include "qcow2-options.h"
 
 #include <errno.h>
@@ -37,8 +38,11 @@ struct qcow2_guard_table {
     struct list link; /* in guard.retired */
     uint64_t ticket;
     uint64_t slot_count; /* a power of two */
-    uint64_t used;       /* Protected by guard.lock: slots that are not 0 */
-    uint64_t slots[];    /* atomic */
+    /* Odd, and nobody who makes images knows it: he could have all tables want the same few slots (P6). */
+    uint64_t multiplier;
+    unsigned shift;   /* the highest bits of the product are the slot */
+    uint64_t used;    /* Protected by guard.lock: slots that are not 0 */
+    uint64_t slots[]; /* atomic */
 };
 
 struct qcow2_guard_rows {
@@ -90,7 +94,7 @@ void qcow2_guard_set_single(struct qcow2 *q, enum qcow2_guard_single single, uin
 
 static uint64_t slot_at(const struct qcow2_guard_table *t, uint64_t cluster)
 {
-    return (cluster * UINT64_C(0x9e3779b97f4a7c15) >> 20) & (t->slot_count - 1);
+    return cluster * t->multiplier >> t->shift;
 }
 
 /* Where it is, or would be; there is a free slot. */
@@ -114,7 +118,10 @@ static struct qcow2_guard_table *table_new(uint64_t expected)
     t = try_alloc(1, sizeof(*t) + (size_t)count * sizeof(uint64_t));
     if (t) {
         list_init(&t->link);
+        loop_random(&t->multiplier, sizeof(t->multiplier));
+        t->multiplier |= 1;
         t->slot_count = count;
+        t->shift = 64 - (unsigned)__builtin_ctzll(count);
     }
     return t;
 }
