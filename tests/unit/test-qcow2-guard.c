@@ -4,6 +4,7 @@
  * is told once, and nothing of the metadata has changed.
  */
 #include "formats/list.h"
+#include "formats/qcow2/qcow2-snapshot.h"
 #include "graph/damage.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
@@ -345,6 +346,7 @@ static void write_where_a_table_comes(struct world *w)
     assert_int_equal(write_byte(w, 512 * CLUSTER), 0); /* has no L2 table yet */
     assert_int_equal(flush(w->backend), 0);
     assert_int_equal(write_byte(w, 0), -EIO);
+    assert_int_equal(send_request(w->backend, REQUEST_DISCARD, 0, 4 * MIB, CLUSTER, NULL), -EIO);
     close_top(w);
     assert_int_equal(w->told_fatal, 1);
     assert_int_equal(incompatible(w), 2);
@@ -356,14 +358,83 @@ static void test_qcow2_guard__new_tables_are_known(void **state)
     uint8_t *image = make_image();
 
     (void)state;
-    store_be64(image + 24, 4 * MIB);
-    store_be32(image + 36, 2);
+    store_be64(image + 24, 6 * MIB);
+    store_be32(image + 36, 3);
     for (unsigned i = AT_FREE; i < CLUSTERS; i++)
         set_count(image, i, 1);
     set_entry(image, 0, CLUSTERS * CLUSTER | COPIED);
     on_image(&w, image);
     if (!strstr(w.what, "an active L2 table"))
         fail_msg("'%s'", w.what);
+    sim_disk_free(w.disk);
+}
+
+/* ---- tables that are not used any more ---- */
+
+static void resize_it(struct world *w)
+{
+    AUTO(error_free) struct error *err = NULL;
+
+    open_top(w);
+    assert_int_equal(graph_co_resize(w->graph, "top", 2 * GIB, &err), -EIO);
+    assert_int_equal(incompatible(w), 2);
+    close_top(w);
+}
+
+static void make_snapshot(struct world *w)
+{
+    const struct qcow2_snapshot_new how = {.name = "n"};
+    AUTO(error_free) struct error *err = NULL;
+
+    open_top(w);
+    assert_int_equal(qcow2_co_snapshot_create(w->backend, &how, &err), 0);
+    assert_int_equal(incompatible(w), 2);
+    close_top(w);
+}
+
+/* A snapshot's L1 table lies in a table that another one takes the place of: it is not handed out. */
+static void replace_table(enum place place, void (*body)(struct world *w))
+{
+    struct world w = {.body = body};
+    uint8_t *image = make_image();
+
+    store_be64(image + AT_SNAPSHOTS * CLUSTER, place * CLUSTER);
+    on_image(&w, image);
+    assert_int_equal(w.told_fatal, 1);
+    if (!strstr(w.what, "an L1 table of a snapshot lies in clusters that are free"))
+        fail_msg("'%s'", w.what);
+    sim_disk_free(w.disk);
+}
+
+static void test_qcow2_guard__old_table_that_is_something_else_is_not_handed_out(void **state)
+{
+    (void)state;
+    replace_table(AT_L1, resize_it);
+    replace_table(AT_SNAPSHOTS, make_snapshot);
+}
+
+static void refuse_it(struct world *w)
+{
+    w->graph = graph_new(drivers);
+    must_refuse(EIO, "bitmaps", w->graph,
+                "{'driver':'qcow2','node-name':'top','file':{'driver':'file','filename':'%s'}}",
+                TOP);
+    graph_co_free(w->graph);
+}
+
+/* It would be written to by the open. */
+static void test_qcow2_guard__bitmap_directory_that_is_a_table_is_not_marked(void **state)
+{
+    struct world w = {.body = refuse_it};
+    uint8_t *image = make_image();
+    uint8_t flags[4];
+
+    (void)state;
+    store_be64(image + AT_L1 * CLUSTER, AT_DIRECTORY * CLUSTER | COPIED);
+    on_image(&w, image);
+    assert_int_equal(incompatible(&w), 2);
+    assert_int_equal(sim_disk_read(w.disk, TOP, AT_DIRECTORY * CLUSTER + 12, flags, 4), 0);
+    assert_int_equal(load_be32(flags), 0);
     sim_disk_free(w.disk);
 }
 

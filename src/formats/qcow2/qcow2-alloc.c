@@ -255,6 +255,24 @@ static int co_fn look_at_freed(struct qcow2 *q, const struct request *by,
     return r < 0 ? r : 1;
 }
 
+void qcow2_alloc_put_table_locked(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                                  uint64_t count)
+{
+    const struct qcow2_run run = {.first = host_offset >> q->cluster_bits, .count = count};
+
+    if (count && look_at_freed(q, by, &run) == 1)
+        qcow2_alloc_put(q, host_offset, count);
+}
+
+void qcow2_alloc_put_table(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                           uint64_t count)
+{
+    if (co_mutex_lock_until(&q->alloc.lock, LOOP_FOREVER) < 0)
+        return;
+    qcow2_alloc_put_table_locked(q, by, host_offset, count);
+    co_mutex_unlock(&q->alloc.lock);
+}
+
 static bool keeps_for_reuse(struct qcow2 *q, const struct qcow2_run *run)
 {
     bool keep;

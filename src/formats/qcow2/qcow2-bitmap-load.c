@@ -243,7 +243,9 @@ static int co_fn write_directory(struct loading *l, const struct qcow2_bitmaps *
         size_t n = MIN(b->len - at, TABLE_PIECE);
 
         memcpy(l->table->data, b->directory + at, n);
-        r = qcow2_write_meta(l->q, l->by, b->offset + at, l->table, 0, n);
+        r = qcow2_guard_write(l->q, l->by, QCOW2_GUARD_BITMAP_DIRECTORY, b->offset + at, n);
+        if (r == 0)
+            r = qcow2_write_meta(l->q, l->by, b->offset + at, l->table, 0, n);
     }
     return r < 0 ? r : qcow2_sync(l->q, l->by);
 }

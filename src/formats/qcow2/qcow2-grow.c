@@ -212,7 +212,7 @@ static int co_fn change_table(struct qcow2 *q, const struct request *by, const s
     q->alloc.table_size = (uint32_t)g->table_size;
     q->alloc.table_offset = offset;
     qcow2_guard_set_single(q, QCOW2_SINGLE_REFCOUNT_TABLE, offset, g->table_size * QCOW2_ENTRY_LEN);
-    qcow2_alloc_put(q, old, old_clusters);
+    qcow2_alloc_put_table_locked(q, by, old, old_clusters);
     return 0;
 }
 

@@ -105,8 +105,7 @@ static int co_fn move_l1(struct qcow2 *q, const struct request *req, uint64_t en
                           at.host_offset);
     if (r == 0) {
         qcow2_room_use(q, &room, entries, at.host_offset);
-        if (old_bytes)
-            qcow2_alloc_put(q, old, old_bytes >> q->cluster_bits);
+        qcow2_alloc_put_table(q, req, old, old_bytes >> q->cluster_bits);
     }
     qcow2_room_release(&room);
     return r;

@@ -275,8 +275,6 @@ void snap_put_row(struct snap *s, const struct qcow2_extent *row)
 
 int snap_change_table(struct snap *s, uint32_t count, uint64_t offset)
 {
-    struct qcow2_extent old = {.host_offset = s->table_offset,
-                               .count = clusters_of(s, s->table_len)};
     uint8_t header[QCOW2_HEADER_LENGTH_V2];
     int r;
 
@@ -285,9 +283,11 @@ int snap_change_table(struct snap *s, uint32_t count, uint64_t offset)
     store_be64(header + QCOW2_OFFSET_SNAPSHOTS_OFFSET, offset);
     r = snap_change_header(s, header, QCOW2_OFFSET_SNAPSHOT_COUNT,
                            QCOW2_OFFSET_SNAPSHOTS_OFFSET + 8);
-    if (r == 0)
-        snap_put_row(s, &old);
-    return r;
+    if (r < 0)
+        return r;
+    qcow2_guard_set_single(s->q, QCOW2_SINGLE_SNAPSHOT_TABLE, 0, 0); /* until snap_end() */
+    qcow2_alloc_put_table(s->q, s->by, s->table_offset, clusters_of(s, s->table_len));
+    return 0;
 }
 
 /* ---- creating ---- */

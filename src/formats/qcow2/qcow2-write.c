@@ -600,7 +600,7 @@ static int co_fn clear_piece(struct qcow2 *q, const struct request *req, uint64_
 int qcow2_clear(struct qcow2 *q, const struct request *req, uint64_t first, uint64_t end,
                 enum qcow2_clearing how)
 {
-    int r = 0;
+    int r = unlikely(atomic_get(&q->corrupt)) ? -EIO : 0; /* CORRUPT-1: also what skips all of it */
 
     while (r == 0) {
         uint64_t n;

@@ -380,6 +380,12 @@ int co_fn qcow2_alloc_packed(struct qcow2 *q, const struct request *by, size_t l
 void qcow2_alloc_drop_pack(struct qcow2 *q);
 /* Back to the pool: what nothing ever pointed to. */
 void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count);
+/* What was a table until now: after a look whether it is anything else, too. If it is, or after an error, it leaks. */
+void co_fn qcow2_alloc_put_table(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                                 uint64_t count);
+/* The same under alloc.lock. */
+void co_fn qcow2_alloc_put_table_locked(struct qcow2 *q, const struct request *by,
+                                        uint64_t host_offset, uint64_t count);
 /* Under qcow2.lock: what mappings in memory do not point to any more. */
 void qcow2_free_locked(struct qcow2 *q, struct qcow2_run *run);
 /* Takes up what can be taken up of that. */
