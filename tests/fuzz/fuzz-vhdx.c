@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Hostile VHDX images, with and without something to replay; see support/import-fuzz.h. */
-#include "../support/import-fuzz.h"
+/* Hostile VHDX images, with and without something to replay; see fuzz-import.h. */
 #include "base/crc32c.h"
+#include "fuzz-import.h"
 
 /* Made once: they are large. */
 static struct image_bytes make(uint8_t shape)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Hostile VMDK images; see support/import-fuzz.h. */
-#include "../support/import-fuzz.h"
+/* Hostile VMDK images; see fuzz-import.h. */
+#include "fuzz-import.h"
 
 static struct image_bytes make(uint8_t shape)
 {

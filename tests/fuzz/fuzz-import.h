@@ -6,27 +6,21 @@
  * An input begins with the shape of a sound image. Then come patches, each of where (which structure, which place in it), how
  * and what; checksums are made right again, unless the shape says that they are not, and the file may be cut.
  */
-#ifndef CAIRN_TESTS_IMPORT_FUZZ_H
-#define CAIRN_TESTS_IMPORT_FUZZ_H
+#ifndef CAIRN_TESTS_FUZZ_IMPORT_H
+#define CAIRN_TESTS_FUZZ_IMPORT_H
 
+#include "../support/import-make.h"
 #include "base/macros.h"
 #include "formats/list.h"
+#include "fuzz-sim.h"
 #include "graph/backend.h"
 #include "graph/graph.h"
-#include "import-make.h"
-#include "loop/sim/sim.h"
 #include "protocols/list.h"
 #include "schema-types.h"
 
 #include <jansson.h>
 
 #include "base/json-in.h"
-
-int LLVMFuzzerInitialize(int *argc, char ***argv);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-/* Of the address sanitizer; absent in other builds. */
-extern int __asan_option_detect_stack_use_after_return __attribute__((weak));
 
 #define IMPORT_FUZZ_HEAD    3
 #define IMPORT_FUZZ_PATCH   12
@@ -93,16 +87,17 @@ static inline void co_fn control_fn import_fuzz_use(struct graph *g)
     size = backend_size(b);
     for (unsigned n = 0; n < 5 && size; n++) {
         uint64_t at = n < 4 ? (uint64_t)n * IMPORT_FUZZ_CHUNK : size - MIN(size, (uint64_t)4096);
-        struct iovec iov = {data, (size_t)MIN((uint64_t)IMPORT_FUZZ_CHUNK, size - MIN(at, size))};
+        uint64_t left = size - MIN(at, size);
+        struct iovec iov = {data, (size_t)MIN((uint64_t)IMPORT_FUZZ_CHUNK, left)};
         struct request req = {
             .kind = REQUEST_READ, .offset = at, .len = iov.iov_len, .iov = &iov, .iov_count = 1};
         struct extent v[8];
         struct extents e = {.v = v, .max = ARRAY_SIZE(v)};
         struct request map = {.kind = REQUEST_EXTENTS, .offset = at, .extents = &e};
 
-        if (at >= size)
+        if (!left)
             continue;
-        map.len = MIN(size - at, (uint64_t)1 << 30);
+        map.len = MIN(left, (uint64_t)1 << 30);
         (void)backend_co_request(b, &req);
         (void)backend_co_request(b, &map);
     }
@@ -144,20 +139,10 @@ static inline void import_fuzz_put(struct sim_disk *disk, const struct image_byt
     }
 }
 
-int LLVMFuzzerInitialize(int *argc, char ***argv)
-{
-    (void)argc;
-    (void)argv;
-    if (&__asan_option_detect_stack_use_after_return)
-        __asan_option_detect_stack_use_after_return = 0;
-    return 0;
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct image_bytes image;
     struct sim_disk *disk;
-    struct sim_options o;
 
     if (size < IMPORT_FUZZ_HEAD)
         return 0;
@@ -175,12 +160,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     disk = sim_disk_new();
     import_fuzz_put(disk, &image);
     image_bytes_free(&image);
-    sim_options_init(&o, 1);
-    o.disk = disk;
-    o.max_steps = 1000000; /* a hang is an endless run */
-    if (sim_run(&o, import_fuzz_body, NULL) != SIM_RETURNED)
-        abort();
-    sim_disk_free(disk);
+    fuzz_run(disk, import_fuzz_body, NULL);
     return 0;
 }
 
