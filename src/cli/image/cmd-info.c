@@ -244,15 +244,16 @@ const struct cli_command info_command = {
     .name = "info",
     .summary = "say what an image is",
     .arguments = "[OPTION]... FILE",
-    .help = "Says format, size and backing file of an image.\n"
-            "\n"
-            "  -f FORMAT            of FILE: raw or qcow2; by default it is probed\n"
-            "      --backing-chain  all images down to the last backing file\n"
-            "      --output FORMAT  human (default) or json\n"
-            "      --image-opts     FILE is options: driver=qcow2,file.filename=PATH\n"
-            "  -U, --force-share    although others write to it\n"
-            "      --allow DIR      what images refer to may lie in DIR, too\n"
-            "  -h, --help           say this and exit\n",
+    .help =
+        "Says format, size and backing file of an image.\n"
+        "\n"
+        "  -f FORMAT            of FILE: raw, qcow2, vdi, vhdx, vmdk, vpc; by default it is probed\n"
+        "      --backing-chain  all images down to the last backing file\n"
+        "      --output FORMAT  human (default) or json\n"
+        "      --image-opts     FILE is options: driver=qcow2,file.filename=PATH\n"
+        "  -U, --force-share    although others write to it\n"
+        "      --allow DIR      what images refer to may lie in DIR, too\n"
+        "  -h, --help           say this and exit\n",
     .is_image_tool = true,
     .run = info_run,
 };
