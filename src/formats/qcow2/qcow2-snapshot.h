@@ -73,8 +73,8 @@ int co_fn qcow2_co_snapshot_create(struct backend *b, const struct qcow2_snapsho
  * The disk becomes what it was, its size as well. By ID, or, if none has this one, by name. *ret_vm_state: the snapshot has the state
  * of a machine, which is left alone.
  */
-int co_fn control_fn qcow2_co_snapshot_apply(struct backend *b, const char *id_or_name, bool *ret_vm_state,
-                                  struct error **err);
+int co_fn control_fn qcow2_co_snapshot_apply(struct backend *b, const char *id_or_name,
+                                             bool *ret_vm_state, struct error **err);
 /*
  * The disk holds nothing of its own any more, as if it were new: what lies below shows through. Snapshots keep what they have. As
  * safe, and as fast, as applying one. As above.
