@@ -442,6 +442,22 @@ static void test_qcow2_create__features_are_named_where_there_is_room(void **sta
     }
 }
 
+/* There may be bitmaps one day. */
+static void test_qcow2_create__there_is_room_for_another_extension(void **state)
+{
+    struct qcow2_create_options o = defaults(1 * MIB);
+    uint8_t bytes[512];
+    struct qcow2_layout l;
+
+    (void)state;
+    o.cluster_bits = 9;
+    l = must_lay_out(&o);
+    qcow2_layout_read(&l, 0, bytes, sizeof(bytes));
+    for (size_t i = sizeof(bytes) - QCOW2_EXTENSION_HEAD - QCOW2_BITMAPS_LEN; i < sizeof(bytes);
+         i++)
+        assert_int_equal(bytes[i], 0);
+}
+
 /* ---- the file, where hosts fail ---- */
 
 #define PATH "/disk/new.qcow2"

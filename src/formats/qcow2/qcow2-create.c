@@ -132,14 +132,18 @@ static size_t qcow2_header_build(const struct qcow2_layout *l, bool features,
     return len;
 }
 
-/* The same, with as much as there is room for in a cluster. Returns the length with the backing file's name. */
+/*
+ * The same, with the features' names if there is room for them and for an extension of bitmaps, which may come later. Returns the
+ * length with the backing file's name.
+ */
 static size_t qcow2_header_fit(const struct qcow2_layout *l, uint8_t head[QCOW2_CREATE_HEADER_MAX],
                                size_t *ret_head_len)
 {
     size_t name_len = l->backing_file ? strlen(l->backing_file) : 0;
 
     *ret_head_len = qcow2_header_build(l, l->version >= 3, head);
-    if (*ret_head_len + name_len > (size_t)1 << l->cluster_bits)
+    if (*ret_head_len + name_len + QCOW2_EXTENSION_HEAD + QCOW2_BITMAPS_LEN >
+        (size_t)1 << l->cluster_bits)
         *ret_head_len = qcow2_header_build(l, false, head);
     return *ret_head_len + name_len;
 }
