@@ -33,10 +33,13 @@ import jobs
 import report
 import rows as rowlib
 import servers
+import tools
 
 MIB = 1 << 20
 CPUS = os.sched_getaffinity(0)
 ONE_CPU = {max(CPUS)}  # the first one takes most interrupts
+images.ROWS.extend(tools.ROWS)
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 

@@ -89,11 +89,15 @@ def _images(data):
              "cluster of a new image. `working-set`: reads all over so much of a disk of 1 TiB, all "
              "of it data, in the same 512 MiB of the file. `virtual-size`: writes to the same "
              "64 MiB of disks of three sizes. `chain`: the data lie in the last of so many "
-             "layers; `wide`: 4 GiB of them (holes).", "",
+             "layers; `wide`: 4 GiB of them (holes). `tool`: commands, how long they take.", "",
              "| row | what | figures | A/A: CPU / IOPS |", "|---|---|---|---|"]
     for row, reps in data["results"].items():
         twin = next((n for r in reps for n in r if n.endswith("'")), None)
         for name in sorted({n for r in reps for n in r if n != twin}, key=data["order"][row].index):
+            if all("wall_ms" in r[name] for r in reps if name in r):
+                (wall, low, high), (cpu, *_) = (_median(reps, name, m) for m in ("wall_ms", "cpu_ms"))
+                lines.append(f"| {row} | {name} | {wall:.0f} ({low:.0f}..{high:.0f}) ms; {cpu:.0f} ms of CPU | |")
+                continue
             if all("start_ms" in r[name] for r in reps if name in r):
                 ms = _median(reps, name, "start_ms")
                 figures = f"{ms[0]:.0f} ({ms[1]:.0f}..{ms[2]:.0f}) ms"

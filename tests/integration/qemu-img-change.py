@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """resize, rebase and bench beside qemu-img's, and the program under its name."""
+import json
 import re
 
 import pytest
@@ -67,6 +68,20 @@ def test_a_rebased_disk_stays_what_it_is(tools, shape, backed):
         tools.equal("x.raw", "x.qcow2")
         said = re.findall("^backing file: (.*)$", tools.peer("info", "x.qcow2").stdout, re.M)
         assert said == ([base] if base else [])
+
+
+@pytest.mark.parametrize("shape", ["cluster_size=64k", "cluster_size=4k", "compat=0.10,cluster_size=2M"])
+def test_a_rebased_disk_is_compressed(tools, shape):
+    tools.chain()
+    other_base(tools)
+    tools.peer("create", "-q", "-f", "qcow2", "-o", shape, "-b", "base.qcow2", "-F", "qcow2", "x.qcow2", "100M")
+    tools.io("x.qcow2", "write -P 3 64k 64k", "write -P 4 99M 1M")
+    tools.peer("convert", "-O", "raw", "x.qcow2", "x.raw")
+    tools.ours("rebase", "-c", "-b", "other.qcow2", "-F", "qcow2", "x.qcow2")
+    tools.equal("x.raw", "x.qcow2")
+    checked = tools.ours("check", "--output=json", "x.qcow2").stdout
+    assert json.loads(checked)["compressed-clusters"] > 0
+    tools.ours("rebase", "-c", "-u", "-b", "", "x.qcow2", ok=(1,))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

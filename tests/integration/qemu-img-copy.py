@@ -194,3 +194,17 @@ def test_compare_says_what_it_cannot_read(tools):
         f.seek(l1)
         f.write((1 << 63 | 1 << 50).to_bytes(8, "big"))
     assert tools.ours("compare", "top.qcow2", "top.qcow2", ok=(3, 4)).stderr
+
+
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=4k", "cluster_size=2M,compression_type=zstd"])
+def test_several_sources_are_compressed_together(tools, options):
+    """Units of the target lie across their borders."""
+    sizes = [1536 * 5, 100 * 1024, 3 << 20, 512, 512, 5 << 20]
+    names = [f"s{i}.raw" for i in range(len(sizes))]
+    for i, (name, size) in enumerate(zip(names, sizes)):
+        tools.peer("create", "-q", name, size)
+        tools.io(name, f"write -P {i + 1} {size // 1024 * 512} {(size - size // 1024 * 512) // 512 * 512}", fmt="raw")
+    tools.ours("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, *names, "ours.qcow2")
+    tools.peer("convert", "-f", "raw", "-O", "raw", *names, "plain.raw")
+    tools.equal("plain.raw", "ours.qcow2")
+    assert tools.disk_bytes("ours.qcow2") < 3 << 20

@@ -25,6 +25,7 @@ struct rebase {
     struct tool_cache cache;
     struct tool_cache source_cache;
     bool unsafe;
+    bool compress;
     bool progress;
 
     struct image top;   /* with its old chain */
@@ -60,6 +61,7 @@ static int co_fn write_differences(struct rebase *x, uint64_t at, size_t len)
 {
     uint64_t unit = qcow2_header_cluster_size(&x->top.layers[0].header);
     unsigned flags = x->cache.writethrough ? REQUEST_FUA : 0;
+    unsigned compressed = x->compress ? REQUEST_COMPRESSED : 0;
     int r = 0;
 
     for (size_t from = 0; r == 0 && from < len;) {
@@ -71,7 +73,8 @@ static int co_fn write_differences(struct rebase *x, uint64_t at, size_t len)
         else if (can_say_zero(x, to - from) && image_is_zero(data, to - from))
             r = image_co_zero(x->top.backend, at + from, to - from, flags | REQUEST_MAY_UNMAP);
         else
-            r = image_co_write(x->top.backend, at + from, data, to - from, flags, x->old_data);
+            r = image_co_write(x->top.backend, at + from, data, to - from, flags | compressed,
+                               x->old_data);
         from = to;
     }
     return r;
@@ -102,15 +105,32 @@ static int co_fn keep_range(struct rebase *x, uint64_t at, uint64_t len, struct 
     return 0;
 }
 
+/* What is compressed is whole clusters. Where one is left in part, the image has nothing of the rest either. */
+static void fit_to_clusters(struct extent *e, uint64_t unit, uint64_t size, bool *leave)
+{
+    uint64_t end = e->offset + e->len;
+
+    if (end == size)
+        return;
+    if (*leave && align_down(end, unit) > e->offset) {
+        e->len = align_down(end, unit) - e->offset;
+    } else {
+        *leave = *leave && is_aligned(end, unit);
+        e->len = MIN(align_up(end, unit), size) - e->offset;
+    }
+}
+
 static int co_fn keep_content(struct rebase *x, struct error **err)
 {
     struct extent_walk ours = {.backend = x->top.backend};
     struct extent_walk theirs = {.backend = x->below.backend};
+    uint64_t unit = qcow2_header_cluster_size(&x->top.layers[0].header);
     uint64_t size = backend_size(x->top.backend);
 
     for (uint64_t at = 0; at < size;) {
         struct extent e;
         struct extent n = {.len = size - at, .flags = EXTENT_ZERO};
+        bool leave;
         int r = extent_walk_at(&ours, at, size - at, &e);
 
         if (r == 0 && theirs.backend)
@@ -118,7 +138,10 @@ static int co_fn keep_content(struct rebase *x, struct error **err)
         if (r < 0)
             return error_set(err, -r, "error while reading image metadata: %s", strerror(-r));
         e.len = MIN(e.len, n.len);
-        if ((e.flags & EXTENT_ALLOCATED) || (e.flags & n.flags & EXTENT_ZERO)) {
+        leave = (e.flags & EXTENT_ALLOCATED) || (e.flags & n.flags & EXTENT_ZERO);
+        if (x->compress)
+            fit_to_clusters(&e, unit, size, &leave);
+        if (leave) {
             x->bar.done += e.len;
         } else {
             r = keep_range(x, at, e.len, err);
@@ -262,7 +285,8 @@ static int read_option(struct rebase *x, int opt, struct error **err)
         x->progress = false;
         return 0;
     case 'c':
-        return error_set(err, ENOTSUP, "-c: compressed clusters are not written yet");
+        x->compress = true;
+        return 0;
     case 'U':
         return error_set(err, ENOTSUP,
                          "-U: an image that is rebased cannot be shared with writers");
@@ -286,6 +310,8 @@ static int check(const struct rebase *x, struct error **err)
                          x->backing);
     if (*x->backing && !image_format_known(x->format))
         return error_set(err, EINVAL, "Invalid format name: '%s'", x->format);
+    if (x->compress && x->unsafe)
+        return error_set(err, EINVAL, "-c has no effect with -u: nothing is written");
     return tool_check_format(&x->spec, err);
 }
 
@@ -326,6 +352,7 @@ const struct cli_command rebase_command = {
         "\n"
         "  -b BACKING, -F FORMAT  the backing file and its format; -b '' for none\n"
         "  -u                     only name it: whoever says so knows that the content is the same\n"
+        "  -c                     compress what the image gets\n"
         "  -f FORMAT              of FILE; by default it is probed\n"
         "  -t CACHE, -T CACHE     of FILE, of BACKING (writeback): none, writeback, writethrough, directsync, unsafe\n"
         "  -p, -q                 show progress; do not\n"

@@ -128,7 +128,7 @@ static int co_fn take_from(struct image_copy *c, const struct image_copy_source 
 /* What is compressed is read, and written, in whole units of the target; sources may change kind within one. */
 static void fit_to_units(const struct image_copy *c, struct piece *piece)
 {
-    uint64_t left = piece->source->begin + piece->source->size - piece->at;
+    uint64_t left = c->size - piece->at;
 
     if (piece->kind != PIECE_DATA && piece->len < left)
         piece->len = align_down(piece->len, c->unit);
@@ -189,32 +189,56 @@ static int co_fn claim(struct image_copy *c, struct piece *piece)
 
 /* ---- doing it ---- */
 
-static int co_fn read_sectors(const struct piece *p, struct iobuf *buf)
+static int co_fn read_sectors(const struct piece *p, uint8_t *data, struct iobuf *buf)
 {
     for (uint64_t done = 0; done < p->len; done += SECTOR) {
         size_t len = (size_t)MIN(p->len - done, (uint64_t)SECTOR);
         int r = image_co_read(p->backend, p->source->from + p->at - p->source->begin + done,
-                              buf->data + done, len, buf);
+                              data + done, len, buf);
 
         if (r == -ECANCELED)
             return r;
         if (r < 0) {
             cli_warn("error while reading at byte %" PRIu64 ": %s, leaving zeroes", p->at + done,
                      strerror(-r));
-            memset(buf->data + done, 0, len);
+            memset(data + done, 0, len);
         }
     }
     return 0;
 }
 
-static int co_fn read_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
+/* What lies in one source. */
+static int co_fn read_part(struct image_copy *c, const struct piece *p, uint8_t *data,
+                           struct iobuf *buf)
 {
-    int r = image_co_read(p->backend, p->source->from + p->at - p->source->begin, buf->data,
+    int r = image_co_read(p->backend, p->source->from + p->at - p->source->begin, data,
                           (size_t)p->len, buf);
 
     if (r < 0 && r != -ECANCELED && c->salvage)
-        r = read_sectors(p, buf);
+        r = read_sectors(p, data, buf);
     return r < 0 ? fail(c, r, "reading", p->at) : 0;
+}
+
+/* A unit that is compressed may have its parts in several sources. */
+static int co_fn read_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
+{
+    struct piece part = *p;
+    uint64_t end = p->at + p->len;
+    int r = 0;
+
+    while (r == 0 && part.at < end) {
+        uint64_t source_end = part.source->begin + part.source->size;
+
+        if (part.at == source_end) {
+            part.source++;
+            part.backend = part.source->backend;
+            continue;
+        }
+        part.len = MIN(end, source_end) - part.at;
+        r = read_part(c, &part, buf->data + (part.at - p->at), buf);
+        part.at += part.len;
+    }
+    return r;
 }
 
 static int co_fn write_run(struct image_copy *c, uint64_t at, struct iobuf *buf, size_t from,

@@ -48,7 +48,7 @@ struct image_copy {
     bool
         only_own; /* what the first layer does not hold itself is left alone: the target has it by its backing file */
     bool in_order;     /* the target is written from its begin to its end */
-    bool compress;     /* the target does, in whole units; there is one source */
+    bool compress;     /* the target does, in whole units */
     bool salvage;      /* what cannot be read becomes zeroes */
     bool writethrough; /* each write is durable */
     unsigned workers;

@@ -4,7 +4,6 @@
 #include "base/atomic.h"
 #include "base/macros.h"
 #include "base/number.h"
-#include "cli/image/objects.h"
 #include "filters/list.h"
 #include "formats/list.h"
 #include "loop/loop.h"
@@ -41,9 +40,7 @@ int tool_next_option(int argc, char **argv, const char *letters, const struct op
             return cli_usage(err, "option '%s' is not understood",
                              argv[at < optind ? optind - 1 : at]);
         case TOOL_OBJECT:
-            if (objects_read(optarg, err) < 0)
-                return -EINVAL;
-            break;
+            return error_set(err, ENOTSUP, "--object %s: objects are not supported yet", optarg);
         case TOOL_ALLOW:
             image_allow(optarg);
             break;
@@ -160,9 +157,7 @@ static void co_fn control_fn run_body(void *arg)
     struct run *run = arg;
     struct graph *g = graph_new(drivers);
 
-    run->result = objects_co_make(g, &run->error);
-    if (run->result == 0)
-        run->result = run->fn(g, run->arg, &run->error);
+    run->result = run->fn(g, run->arg, &run->error);
     (void)graph_co_free(g);
     while (thread_count)
         (void)loop_thread_stop(threads[--thread_count]);
