@@ -223,6 +223,10 @@ static int co_fn control_fn take_layer(struct resolution *x, char **path, char *
         if (r == 0) {
             r = qcow2_header_check_supported(&header, x->read_only || x->layers.count > 1, *path,
                                              err);
+            if (r == 0 && header.crypt_method != QCOW2_CRYPT_NONE)
+                r = error_set(err, ENOTSUP,
+                              "'%s' is encrypted: serve it with cairnd, --object and --blockdev",
+                              layer->path);
             if (r == 0 && header.backing_file)
                 r = grants_co_check(x->graph, *path, header.backing_file, &next, err);
             if (r == 0 && header.backing_file && header.backing_format)

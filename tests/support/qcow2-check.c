@@ -34,6 +34,7 @@
 #define METHOD_ZSTD 1
 
 #define EXTENSION_BITMAPS 0x23852875u
+#define EXTENSION_LUKS    0x0537be77u
 #define EXTENSION_DATA    0x44415441u
 
 struct header {
@@ -50,7 +51,10 @@ struct header {
     uint64_t autoclear;
     uint64_t snapshot_count;
     uint64_t snapshots_offset;
-    unsigned l2_entry;  /* bytes */
+    unsigned l2_entry; /* bytes */
+    bool encrypted;
+    uint64_t luks_offset;
+    uint64_t luks_len;
     uint64_t data_name; /* where the name of the data file is; 0: it has none */
     uint64_t data_name_len;
     uint64_t bitmap_count; /* 0: there are none that count */
@@ -229,6 +233,7 @@ static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint
     h->bitmap_count = 0;
     while (at + 8 <= end) {
         uint8_t head[8];
+        uint8_t place[16];
         int r = file_read(f, at, head, sizeof(head));
 
         if (r < 0)
@@ -242,6 +247,13 @@ static int look_at_extensions(const struct qcow2_file *f, struct header *h, uint
         if (load_be32(head) == EXTENSION_DATA) {
             h->data_name = at + 8;
             h->data_name_len = load_be32(head + 4);
+        }
+        if (load_be32(head) == EXTENSION_LUKS) {
+            r = file_read(f, at + 8, place, sizeof(place));
+            if (r < 0)
+                return r;
+            h->luks_offset = load_be64(place);
+            h->luks_len = load_be64(place + 8);
         }
         at += 8 + (((uint64_t)load_be32(head + 4) + 7) & ~(uint64_t)7);
         if (at > end)
@@ -315,7 +327,9 @@ static int read_header(const struct qcow2_file *f, struct header *h, struct qcow
     if (h->incompatible & ~(uint64_t)(INCOMPAT_DIRTY | INCOMPAT_BROKEN | INCOMPAT_FINE))
         return unjudged(v, EOPNOTSUPP, "incompatible features %" PRIx64, h->incompatible);
     if (load_be32(b + 32))
-        return unjudged(v, EOPNOTSUPP, "it is encrypted");
+        h->encrypted = true;
+    if (load_be32(b + 32) > 2 || load_be32(b + 32) == 1)
+        return unjudged(v, EOPNOTSUPP, "encryption %u", load_be32(b + 32));
     h->snapshot_count = load_be32(b + 60);
     h->snapshots_offset = load_be64(b + 64);
     if (h->snapshot_count > 65536 ||
@@ -911,6 +925,9 @@ int qcow2_check(const struct qcow2_file *f, struct qcow2_verdict *ret)
         found(&w, QCOW2_ERROR_DIRTY, "it is marked as dirty or corrupt: %" PRIx64,
               w.h.incompatible);
     (void)refer(&w, 0, 1, USE_META, "header", 0);
+    if (w.h.encrypted)
+        (void)refer(&w, w.h.luks_offset, (w.h.luks_len + w.cluster - 1) / w.cluster, USE_META,
+                    "LUKS header", 0);
     r = walk_refcount_table(&w);
     if (r == 0)
         r = walk_l1(&w, 1, w.h.l1_offset, w.h.l1_entries);
@@ -1083,6 +1100,8 @@ int qcow2_read_guest(const struct qcow2_layer *layers, unsigned count, uint64_t 
             r = use_snapshot(&layers[i], &headers[i]);
         if (r == 0 && has_data_file(&headers[i]) && !layers[i].data.read)
             r = -EINVAL;
+        if (r == 0 && headers[i].encrypted)
+            r = -EOPNOTSUPP;
         if (r == 0 && step > unit_of(&headers[i]))
             step = unit_of(&headers[i]);
     }

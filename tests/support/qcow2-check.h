@@ -3,7 +3,7 @@
  * An independent judge of qcow2 images, written from the format's specification alone; it shares no code with the driver.
  *
  * It knows what the driver of this stage may write: versions 2 and 3, standard, zero and compressed clusters, subclusters, backing
- * files, external data files, internal snapshots, bitmaps. An encrypted image is not judged.
+ * files, external data files, internal snapshots, bitmaps; of an encrypted image all but what a guest reads.
  */
 #ifndef CAIRN_TESTS_QCOW2_CHECK_H
 #define CAIRN_TESTS_QCOW2_CHECK_H

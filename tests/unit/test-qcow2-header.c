@@ -801,10 +801,69 @@ static void test_qcow2_header__what_is_not_done_yet_is_refused_by_name(void **st
                            "(zstd) are supported");
     image = image_plain();
     put(image, QCOW2_OFFSET_CRYPT_METHOD, 4, QCOW2_CRYPT_AES);
-    never_supported(image, "node 'x': the image has AES encryption, which is not supported");
-    image = image_plain();
+    never_supported(image, "node 'x': the image has AES encryption, which is weak, and not "
+                           "supported: convert it with qemu-img");
+}
+
+/* With an extension that says where the LUKS header is, of which `len` bytes are there. */
+static struct image *image_encrypted(uint64_t offset, uint64_t luks_len, size_t len)
+{
+    struct image *image = image_plain();
+    uint8_t place[QCOW2_ENCRYPTION_LEN + 8] = {0};
+    size_t at = 112;
+
+    store_be64(place + QCOW2_ENCRYPTION_OFFSET, offset);
+    store_be64(place + QCOW2_ENCRYPTION_LENGTH, luks_len);
     put(image, QCOW2_OFFSET_CRYPT_METHOD, 4, QCOW2_CRYPT_LUKS);
-    never_supported(image, "node 'x': the image has LUKS encryption, which is not supported");
+    if (len)
+        add_extension(image, &at, QCOW2_EXTENSION_ENCRYPTION, place, len);
+    return image;
+}
+
+static void must_not_find_key(struct image *image, const char *text)
+{
+    struct error *err = NULL;
+    struct qcow2_header h;
+    uint64_t offset;
+    uint64_t len;
+
+    must_parse(image, &h);
+    assert_int_equal(qcow2_header_encryption(&h, 16 * MIB, &offset, &len, &err), -EINVAL);
+    if (!strstr(error_text(err), text))
+        fail_msg("'%s' does not say '%s'", error_text(err), text);
+    error_free(&err);
+    qcow2_header_release(&h);
+    free(image);
+}
+
+static void test_qcow2_header__place_of_the_luks_header(void **state)
+{
+    struct image *image = image_encrypted(8 * MIB, 2 * MIB, QCOW2_ENCRYPTION_LEN);
+    struct error *err = NULL;
+    struct qcow2_header h;
+    uint64_t l1;
+    uint64_t offset;
+    uint64_t len;
+
+    (void)state;
+    must_parse(image, &h);
+    assert_int_equal(qcow2_header_encryption(&h, 16 * MIB, &offset, &len, &err), 0);
+    assert_int_equal(offset, 8 * MIB);
+    assert_int_equal(len, 2 * MIB);
+    l1 = h.l1_offset;
+    check_supported(&h, false, NULL);
+    free(image);
+    must_not_find_key(image_encrypted(0, 0, 0), "does not say where its LUKS header is");
+    must_not_find_key(image_encrypted(8 * MIB, MIB, QCOW2_ENCRYPTION_LEN + 8), "has 24 bytes");
+    must_not_find_key(image_encrypted(8 * MIB, 0, QCOW2_ENCRYPTION_LEN), "has 0 bytes");
+    must_not_find_key(image_encrypted(8 * MIB, UINT64_MAX, QCOW2_ENCRYPTION_LEN), "expected 1 to");
+    must_not_find_key(image_encrypted(8 * MIB + 512, MIB, QCOW2_ENCRYPTION_LEN), "a multiple of");
+    must_not_find_key(image_encrypted(0, MIB, QCOW2_ENCRYPTION_LEN), "where the header is");
+    must_not_find_key(image_encrypted(15 * MIB, 2 * MIB, QCOW2_ENCRYPTION_LEN),
+                      "the file has only");
+    must_not_find_key(image_encrypted(UINT64_MAX << 16, MIB, QCOW2_ENCRYPTION_LEN),
+                      "the file has only");
+    must_not_find_key(image_encrypted(l1, MIB, QCOW2_ENCRYPTION_LEN), "overlap");
 }
 
 static void test_qcow2_header__extended_l2_entries_halve_what_an_l1_entry_covers(void **state)

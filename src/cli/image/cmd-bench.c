@@ -262,7 +262,7 @@ const struct cli_command bench_command = {
         "      --flush-interval N    flush after each N writes, when these have ended\n"
         "      --no-drain            do not wait for that\n"
         "  -t CACHE, -n              none, writeback (default), writethrough, directsync, unsafe; -n is none\n"
-        "  -f FORMAT                 of FILE: raw or qcow2; by default it is probed\n"
+        "  -f FORMAT                 of FILE: raw, qcow2, vdi, vhdx, vmdk, vpc; by default it is probed\n"
         "      --image-opts          FILE is options: driver=qcow2,file.filename=PATH\n"
         "  -q                        print nothing\n"
         "  -U, --force-share         although others write to it\n"

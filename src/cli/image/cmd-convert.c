@@ -94,7 +94,7 @@ static int co_fn control_fn check_backing(struct graph *g, const struct convert 
                                           struct error **err)
 {
     AUTO(free_ptr) char *path = image_combine(c->target, c->o.backing_file);
-    struct image_spec spec = {.name = path, .format = c->o.backing_format};
+    struct image_spec spec = {.name = path, .format = c->o.backing_format, .flags = IMAGE_HEADERS};
     struct image backing;
     int r = image_co_open(&backing, g, "b", &spec, err);
 
@@ -124,6 +124,7 @@ static int co_fn control_fn open_target(struct graph *g, struct convert *c, stru
         .name = c->target,
         .format = c->target_options ? NULL : c->format,
         .options = c->target_options,
+        .key_secret = c->no_create ? NULL : c->o.encryption.key_secret,
         .flags = IMAGE_WRITE | c->target_cache.flags,
     };
     int r;
@@ -165,7 +166,8 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         .sparse = c->sparse,
         .unit = top->header.version ? qcow2_header_cluster_size(&top->header) : 512,
         .target_zero =
-            c->target_is_zero || (!c->no_create && !c->o.backing_file && !is_device(&c->image)),
+            c->target_is_zero || (!c->no_create && !c->o.backing_file && !is_device(&c->image) &&
+                                  strcmp(c->format, "luks") != 0),
         .only_own = c->o.backing_file,
         .in_order = !c->unordered && !c->compress, /* where compressed bytes lie is all the same */
         .salvage = c->salvage,
@@ -316,7 +318,10 @@ static int check(struct convert *c, struct error **err)
                          IMAGE_COPY_SPARSE_MAX);
     if (!image_format_known(c->format))
         return error_set(err, EINVAL, "Unknown file format '%s'", c->format);
-    return c->no_create ? 0 : check_new(c, err);
+    r = c->no_create ? 0 : check_new(c, err);
+    if (r == 0 && c->compress && encryption_is_given(&c->o.encryption))
+        r = error_set(err, EINVAL, "Compression and encryption not supported at the same time");
+    return r;
 }
 
 static void join_options(struct convert *c, const char *text)

@@ -38,7 +38,7 @@ static int refuse_itself(const struct create *c, struct error **err)
 static int co_fn control_fn look_at_backing(struct graph *g, struct create *c, struct error **err)
 {
     AUTO(free_ptr) char *path = image_combine(c->filename, c->o.backing_file);
-    struct image_spec spec = {.name = path, .format = c->o.backing_format};
+    struct image_spec spec = {.name = path, .format = c->o.backing_format, .flags = IMAGE_HEADERS};
     struct image backing;
     int r = image_co_open(&backing, g, "b", &spec, err);
 
@@ -170,7 +170,7 @@ const struct cli_command create_command = {
         "Makes an empty image in place of what FILE is. SIZE is in bytes or with a suffix (10G); it is that of the\n"
         "backing file where there is one.\n"
         "\n"
-        "  -f FORMAT            raw (default) or qcow2\n"
+        "  -f FORMAT            raw (default), qcow2 or luks\n"
         "  -b FILE, -F FORMAT   the backing file, and its format\n"
         "  -u                   do not look at the backing file\n"
         "  -o OPTION,...        the format's own options; `-o help` lists them\n"

@@ -3,6 +3,7 @@
 #include "base/alloc.h"
 #include "base/json-text.h"
 #include "base/macros.h"
+#include "cli/image/info-luks.h"
 #include "cli/image/info.h"
 #include "cli/image/tool.h"
 
@@ -23,11 +24,21 @@ static bool is_qcow2(const struct image_layer *l)
     return l->header.version != 0;
 }
 
+static bool is_luks(const struct image_layer *l)
+{
+    return strcmp(l->format, "luks") == 0;
+}
+
+static bool is_encrypted(const struct image_layer *l)
+{
+    return is_luks(l) || l->header.crypt_method;
+}
+
 static uint64_t virtual_size(const struct image_layer *l)
 {
     if (l->imported)
         return l->imported_size;
-    return is_qcow2(l) ? l->header.size : (l->file_size + 511) & ~(uint64_t)511;
+    return is_qcow2(l) ? l->header.size : (l->file_size - l->luks_payload + 511) & ~(uint64_t)511;
 }
 
 /* 0: there is none */
@@ -41,7 +52,7 @@ static const char *compression(const struct qcow2_header *h)
     return h->compression_type == QCOW2_COMPRESSION_ZSTD ? "zstd" : "zlib";
 }
 
-static json_t *specific_json(const struct image_layer *l, json_t *bitmaps)
+static json_t *specific_json(const struct image_layer *l, const struct info_tables *t)
 {
     const struct qcow2_header *h = &l->header;
     json_t *data = json_pack("{s:s, s:s}", "compat", h->version == 2 ? "0.10" : "1.1",
@@ -62,12 +73,12 @@ static json_t *specific_json(const struct image_layer *l, json_t *bitmaps)
         json_object_set_new(data, "extended-l2",
                             json_boolean(h->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2));
     }
-    if (json_array_size(bitmaps))
-        json_object_set(data, "bitmaps", bitmaps);
-    if (h->crypt_method)
-        json_object_set_new(
-            data, "encrypt",
-            json_pack("{s:s}", "format", h->crypt_method == QCOW2_CRYPT_AES ? "aes" : "luks"));
+    if (json_array_size(t->bitmaps))
+        json_object_set(data, "bitmaps", t->bitmaps);
+    if (h->crypt_method == QCOW2_CRYPT_AES)
+        json_object_set_new(data, "encrypt", json_pack("{s:s}", "format", "aes"));
+    if (t->luks)
+        json_object_set(data, "encrypt", t->luks);
     return json_pack("{s:s, s:o}", "type", "qcow2", "data", data);
 }
 
@@ -83,14 +94,17 @@ static json_t *layer_json(const struct image_layer *l, const struct info_tables 
         json_object_set_new(o, "cluster-size", json_from_uint(cluster_size(l)));
     json_object_set_new(o, "format", json_string(l->format));
     json_object_set_new(o, "actual-size", json_from_uint(l->disk_bytes));
-    if (l->header.crypt_method)
+    if (is_encrypted(l))
         json_object_set_new(o, "encrypted", json_true());
     if (json_array_size(t->snapshots))
         json_object_set(o, "snapshots", t->snapshots);
     if (is_qcow2(l))
-        json_object_set_new(o, "format-specific", specific_json(l, t->bitmaps));
+        json_object_set_new(o, "format-specific", specific_json(l, t));
     if (t->vmdk)
         json_object_set(o, "format-specific", t->vmdk);
+    if (is_luks(l))
+        json_object_set_new(o, "format-specific",
+                            json_pack("{s:s, s:O}", "type", "luks", "data", t->luks));
     if (l->backing_filename) {
         json_object_set_new(o, "full-backing-filename", json_string_lossy(l->backing_filename));
         json_object_set_new(o, "backing-filename", json_string_lossy(l->header.backing_file));
@@ -121,8 +135,11 @@ void info_print_specific(const struct image_layer *l, const struct info_tables *
     if (qcow2_header_has_data_file(h))
         printf("    data file raw: %s\n", yes(h->autoclear & QCOW2_AUTOCLEAR_RAW_DATA));
     if (h->crypt_method)
-        printf("    encrypt:\n        format: %s\n",
-               h->crypt_method == QCOW2_CRYPT_AES ? "aes" : "luks");
+        printf("    encrypt:\n");
+    if (h->crypt_method == QCOW2_CRYPT_AES)
+        printf("        format: aes\n");
+    if (t->luks)
+        info_print_luks(t->luks, "        ");
     if (h->version < 3)
         return;
     printf("    corrupt: %s\n", yes(h->incompatible & QCOW2_INCOMPATIBLE_CORRUPT));
@@ -140,7 +157,7 @@ static void print_layer(const struct image_layer *l, const struct info_tables *t
     printf("file format: %s\n", l->format);
     printf("virtual size: %s (%" PRIu64 " bytes)\n", size, virtual_size(l));
     printf("disk size: %s\n", disk);
-    if (l->header.crypt_method)
+    if (is_encrypted(l))
         printf("encrypted: yes\n");
     if (cluster_size(l))
         printf("cluster_size: %" PRIu64 "\n", cluster_size(l));
@@ -158,6 +175,10 @@ static void print_layer(const struct image_layer *l, const struct info_tables *t
     if (is_qcow2(l))
         info_print_specific(l, t);
     info_print_vmdk(t->vmdk);
+    if (is_luks(l)) {
+        printf("Format specific information:\n");
+        info_print_luks(t->luks, "    ");
+    }
 }
 
 static int co_fn control_fn info(struct graph *g, void *arg, struct error **err)
@@ -244,15 +265,16 @@ const struct cli_command info_command = {
     .name = "info",
     .summary = "say what an image is",
     .arguments = "[OPTION]... FILE",
-    .help = "Says format, size and backing file of an image.\n"
-            "\n"
-            "  -f FORMAT            of FILE: raw or qcow2; by default it is probed\n"
-            "      --backing-chain  all images down to the last backing file\n"
-            "      --output FORMAT  human (default) or json\n"
-            "      --image-opts     FILE is options: driver=qcow2,file.filename=PATH\n"
-            "  -U, --force-share    although others write to it\n"
-            "      --allow DIR      what images refer to may lie in DIR, too\n"
-            "  -h, --help           say this and exit\n",
+    .help =
+        "Says format, size and backing file of an image.\n"
+        "\n"
+        "  -f FORMAT            of FILE: raw, qcow2, vdi, vhdx, vmdk, vpc; by default it is probed\n"
+        "      --backing-chain  all images down to the last backing file\n"
+        "      --output FORMAT  human (default) or json\n"
+        "      --image-opts     FILE is options: driver=qcow2,file.filename=PATH\n"
+        "  -U, --force-share    although others write to it\n"
+        "      --allow DIR      what images refer to may lie in DIR, too\n"
+        "  -h, --help           say this and exit\n",
     .is_image_tool = true,
     .run = info_run,
 };

@@ -356,7 +356,7 @@ const struct cli_command map_command = {
     .help =
         "Lists the ranges of the disk, and which file of the chain holds them. The text lists data only.\n"
         "\n"
-        "  -f FORMAT                 of FILE: raw or qcow2; by default it is probed\n"
+        "  -f FORMAT                 of FILE: raw, qcow2, vdi, vhdx, vmdk, vpc; by default it is probed\n"
         "  -s, --start-offset SIZE   begin there\n"
         "  -l, --max-length SIZE     so much of it\n"
         "      --output FORMAT       human (default) or json\n"

@@ -88,6 +88,11 @@ static int compute(struct measure *m, struct error **err)
         m->required = m->full = align_up(m->size, 512);
         return 0;
     }
+    if (strcmp(m->format, "luks") == 0) {
+        r = create_options_luks_len(&m->o, &m->full, err);
+        m->required = m->full += align_up(m->size, 512);
+        return r;
+    }
     free(take(&m->o.backing_format));
     free(take(&m->o.data_file)); /* as the peer: all is counted, wherever it will lie */
     m->o.data_file_raw = false;

@@ -64,7 +64,8 @@ static int co_fn control_fn preallocate_clusters(struct image *image, uint64_t f
 
 int image_co_resize(struct image *image, uint64_t size, enum preallocation how, struct error **err)
 {
-    bool is_raw = strcmp(image_format(image), "qcow2") != 0;
+    bool is_luks = strcmp(image_format(image), "luks") == 0;
+    bool is_raw = !is_luks && strcmp(image_format(image), "qcow2") != 0;
     uint64_t old = backend_size(image->backend);
     int r;
 
@@ -72,6 +73,12 @@ int image_co_resize(struct image *image, uint64_t size, enum preallocation how, 
         return error_set(err, EINVAL, "Preallocation can only be used for growing images");
     if (how == PREALLOC_METADATA && is_raw)
         return error_set(err, EINVAL, "raw images have no metadata to preallocate");
+    if (how != PREALLOC_OFF && is_luks)
+        return error_set(err, ENOTSUP, "growing luks images with preallocation is not supported");
+    if (how == PREALLOC_FALLOC && image->layers[0].header.crypt_method)
+        return error_set(err, ENOTSUP,
+                         "growing encrypted images with preallocation=falloc is not supported: use "
+                         "metadata or full");
     if (!is_raw && size % 512)
         return error_set(err, EINVAL, "The new size must be a multiple of 512");
     r = graph_co_resize(image->graph, image->layers[0].node, size, err);

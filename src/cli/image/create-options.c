@@ -185,14 +185,6 @@ static const struct known_option known[] = {
     /* What can only be off, or is refused; it is not shown. */
     {"extended_l2", set_extended_l2, NULL, false},
     {"encryption", set_encryption, NULL, false},
-    {"encrypt.format", refuse, NULL, false},
-    {"encrypt.key-secret", refuse, NULL, false},
-    {"encrypt.cipher-alg", refuse, NULL, false},
-    {"encrypt.cipher-mode", refuse, NULL, false},
-    {"encrypt.ivgen-alg", refuse, NULL, false},
-    {"encrypt.ivgen-hash-alg", refuse, NULL, false},
-    {"encrypt.hash-alg", refuse, NULL, false},
-    {"encrypt.iter-time", refuse, NULL, false},
     {"extent_size_hint", refuse, NULL, true},
     {"nocow", refuse, NULL, true},
 };
@@ -204,7 +196,9 @@ int create_options_init(struct create_options *o, const char *format, struct err
         return error_set(err, EINVAL, "Unknown file format '%s'", format);
     if (!image_format_written(format))
         return error_set(err, ENOTSUP, "Images of format '%s' can be read, but not made", format);
-    o->format = strcmp(format, "raw") == 0 ? "raw" : "qcow2";
+    o->format = strcmp(format, "raw") == 0     ? "raw"
+                : strcmp(format, "qcow2") == 0 ? "qcow2"
+                                               : "luks";
     return 0;
 }
 
@@ -215,6 +209,30 @@ void create_options_release(struct create_options *o)
     free(o->backing_format);
     free(o->compat);
     free(o->data_file);
+    encryption_release(&o->encryption);
+}
+
+static const char *encryption_prefix(const char *format)
+{
+    return strcmp(format, "qcow2") == 0 ? "encrypt." : "";
+}
+
+/* Does the format have it? Of a LUKS volume it is only the size, beside its encryption. */
+static bool is_option_of(const struct known_option *k, const char *format)
+{
+    if (strcmp(format, "luks") == 0)
+        return strcmp(k->name, "size") == 0;
+    return k->raw || strcmp(format, "qcow2") == 0;
+}
+
+/* -ENOENT: it is no option of encryption. */
+static int set_encryption_option(struct create_options *o, const char *item, const char *value)
+{
+    const char *prefix = encryption_prefix(o->format);
+
+    if (strcmp(o->format, "raw") == 0 || strncmp(item, prefix, strlen(prefix)) != 0)
+        return -ENOENT;
+    return encryption_set(&o->encryption, item + strlen(prefix), value);
 }
 
 static int set_one(struct create_options *o, char *item, struct error **err)
@@ -227,13 +245,15 @@ static int set_one(struct create_options *o, char *item, struct error **err)
     for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
         const struct known_option *k = &known[i];
 
-        if (strcmp(item, k->name) == 0 && (k->raw || strcmp(o->format, "qcow2") == 0)) {
+        if (strcmp(item, k->name) == 0 && is_option_of(k, o->format)) {
             int r = k->set(o, value, err);
 
             return r < 0 ? error_wrap(err, r, "option '%s'", k->name) : 0;
         }
     }
-    return error_set(err, EINVAL, "Invalid parameter '%s'", item);
+    return set_encryption_option(o, item, value) == 0
+               ? 0
+               : error_set(err, EINVAL, "Invalid parameter '%s'", item);
 }
 
 /* Cuts off the first item; `,,` in it becomes a comma. Returns what follows, or NULL. */
@@ -273,15 +293,27 @@ bool create_options_help(const char *format, const char *text)
         return false;
     printf("Supported %s options:\n", format);
     for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
-        if (known[i].help && (known[i].raw || strcmp(format, "qcow2") == 0))
+        if (known[i].help && is_option_of(&known[i], format))
             printf("  %s=%s\n", known[i].name, known[i].help);
     }
+    if (strcmp(format, "raw") != 0)
+        encryption_help(encryption_prefix(format));
     return true;
 }
 
 static unsigned bits_of(uint64_t power)
 {
     return (unsigned)__builtin_ctzll(power);
+}
+
+int create_options_luks_len(const struct create_options *o, uint64_t *ret, struct error **err)
+{
+    *ret = 0;
+    if (strcmp(o->format, "luks") != 0 && !encryption_is_given(&o->encryption))
+        return 0;
+    if (strcmp(o->format, "qcow2") == 0 && !o->encryption.format)
+        return error_set(err, EINVAL, "'encrypt.format' is needed: it is luks");
+    return encryption_len(&o->encryption, ret, err);
 }
 
 int create_options_layout(const struct create_options *o, struct qcow2_layout *ret,
@@ -301,7 +333,9 @@ int create_options_layout(const struct create_options *o, struct qcow2_layout *r
         .data_file_raw = o->data_file_raw,
     };
 
-    return qcow2_layout_make(&q, ret, err);
+    int r = create_options_luks_len(o, &q.luks_len, err);
+
+    return r < 0 ? r : qcow2_layout_make(&q, ret, err);
 }
 
 static void print_escaped(const char *key, const char *value)
@@ -322,6 +356,13 @@ void create_options_print(const struct create_options *o, const char *filename)
         printf("\n");
         return;
     }
+    if (strcmp(o->format, "luks") == 0) {
+        printf(" size=%" PRIu64, o->size);
+        encryption_print(&o->encryption, "");
+        printf("\n");
+        return;
+    }
+    encryption_print(&o->encryption, "encrypt.");
     printf(" cluster_size=%" PRIu64 " extended_l2=off", o->cluster_size);
     print_escaped("preallocation", o->preallocation_text);
     printf(" compression_type=%s size=%" PRIu64,
@@ -419,6 +460,7 @@ struct creation {
     const char *path;
     const struct create_options *o;
     struct qcow2_layout layout; /* of qcow2 */
+    uint64_t luks_len;          /* of luks */
     struct backend *backend;
     bool is_device;
 };
@@ -449,6 +491,13 @@ static int co_fn control_fn fill_raw(struct creation *c, struct error **err)
                                          err);
 }
 
+static int co_fn control_fn fill_luks(struct creation *c, struct error **err)
+{
+    int r = make_room(c, c->luks_len + align_up(c->o->size, LUKS_SECTOR), c->luks_len, err);
+
+    return r < 0 ? r : encryption_co_make(&c->o->encryption, c->graph, c->backend, 0, err);
+}
+
 static int co_fn control_fn fill_qcow2(struct creation *c, struct error **err)
 {
     const struct qcow2_layout *l = &c->layout;
@@ -457,6 +506,8 @@ static int co_fn control_fn fill_qcow2(struct creation *c, struct error **err)
     if (r == 0)
         r = create_co_preallocate(c->backend, c->path, l->data_offset, l->file_size,
                                   c->o->preallocation, err);
+    if (r == 0 && l->luks_len)
+        r = encryption_co_make(&c->o->encryption, c->graph, c->backend, l->luks_offset, err);
     if (r < 0)
         return r;
     r = write_layout(c->backend, l);
@@ -473,7 +524,9 @@ static int co_fn control_fn fill(struct creation *c, json_t *definition, struct 
         return r;
     r = image_co_backend(&c->backend, c->graph, "new", access, err);
     if (r == 0)
-        r = strcmp(c->o->format, "raw") == 0 ? fill_raw(c, err) : fill_qcow2(c, err);
+        r = strcmp(c->o->format, "raw") == 0     ? fill_raw(c, err)
+            : strcmp(c->o->format, "qcow2") == 0 ? fill_qcow2(c, err)
+                                                 : fill_luks(c, err);
     c->backend = backend_co_free(c->backend);
     if (r < 0) {
         AUTO(error_free) struct error *ignored = NULL; /* the first one is the one to tell */
@@ -510,12 +563,22 @@ static int co_fn control_fn create_data_file(struct graph *g, const char *filena
     return create_co_image(g, path, &raw, flags, err);
 }
 
+static int check_qcow2(struct creation *c, struct error **err)
+{
+    /* What nobody has written decrypts to anything, and only version 3 can say that it is zeroes. */
+    if (c->o->version < 3 && c->o->encryption.format && c->o->preallocation != PREALLOC_OFF)
+        return error_set(err, EINVAL, "preallocation of encrypted images needs compat=1.1");
+    return create_options_layout(c->o, &c->layout, err);
+}
+
 static int check(struct creation *c, struct error **err)
 {
     const struct create_options *o = c->o;
 
     if (strcmp(o->format, "qcow2") == 0)
-        return create_options_layout(o, &c->layout, err);
+        return check_qcow2(c, err);
+    if (strcmp(o->format, "luks") == 0)
+        return create_options_luks_len(o, &c->luks_len, err);
     if (o->preallocation == PREALLOC_METADATA)
         return error_set(err, EINVAL, "raw images have no metadata to preallocate");
     return 0;

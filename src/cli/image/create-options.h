@@ -5,6 +5,7 @@
 
 #include "base/context.h"
 #include "base/error.h"
+#include "cli/image/encryption.h"
 #include "formats/qcow2/qcow2-create.h"
 #include "graph/backend.h"
 #include "graph/graph.h"
@@ -18,7 +19,7 @@ enum preallocation { PREALLOC_OFF, PREALLOC_METADATA, PREALLOC_FALLOC, PREALLOC_
 
 /* All strings belong to it. */
 struct create_options {
-    const char *format; /* constant: "raw" or "qcow2" */
+    const char *format; /* constant: "raw", "qcow2" or "luks" */
     bool has_size;
     uint64_t size;
     char *preallocation_text; /* as given; NULL: not */
@@ -30,6 +31,7 @@ struct create_options {
     uint64_t cluster_size;
     uint64_t refcount_bits;
     bool lazy_refcounts;
+    struct encryption encryption;
     enum qcow2_compression compression_type;
     char *data_file; /* NULL: none */
     bool data_file_raw;
@@ -45,6 +47,8 @@ bool create_options_help(const char *format, const char *text);
 /* What the format can be: -EINVAL. The strings of `o` must outlive `ret`. Only for qcow2. */
 int create_options_layout(const struct create_options *o, struct qcow2_layout *ret,
                           struct error **err);
+/* How many bytes a LUKS header takes in the image; 0 if it is not encrypted. */
+int create_options_luks_len(const struct create_options *o, uint64_t *ret, struct error **err);
 /* `Formatting 'x', fmt=qcow2 ...` */
 void create_options_print(const struct create_options *o, const char *filename);
 int preallocation_read(const char *text, enum preallocation *ret, struct error **err);

@@ -11,6 +11,7 @@
 #include "cli/cli.h"
 #include "cli/image/image.h"
 #include "cli/layers.h"
+#include "crypto/luks-header.h"
 #include "graph/driver.h"
 #include "graph/grants.h"
 #include "loop/iobuf.h"
@@ -75,7 +76,8 @@ char *image_data_path(const char *base, const char *name)
 
 bool image_format_written(const char *format)
 {
-    return strcmp(format, "raw") == 0 || strcmp(format, "qcow2") == 0;
+    return strcmp(format, "raw") == 0 || strcmp(format, "qcow2") == 0 ||
+           strcmp(format, "luks") == 0;
 }
 
 static bool is_import(const char *format)
@@ -379,6 +381,15 @@ static int co_fn control_fn open_data_file(struct image *image, size_t i, struct
     return image_co_add_node(image->graph, def, err);
 }
 
+static void set_key(json_t *def, const struct image_layer *layer, const char *secret)
+{
+    if (strcmp(layer->format, "luks") == 0)
+        json_object_set_new(def, "key-secret", json_string(secret));
+    else
+        json_object_set_new(def, "encrypt",
+                            json_pack("{s:s, s:s}", "format", "luks", "key-secret", secret));
+}
+
 static json_t *format_definition(const struct image *image, size_t i)
 {
     const struct image_layer *layer = &image->layers[i];
@@ -397,6 +408,8 @@ static json_t *format_definition(const struct image *image, size_t i)
         json_object_set(def, "snapshot", image->snapshot);
     if (layer->data_node)
         json_object_set_new(def, "data-file", json_string(layer->data_node));
+    if (i == 0 && image->key_secret)
+        set_key(def, layer, image->key_secret);
     set_common(def, image, i);
     return def;
 }
@@ -495,6 +508,18 @@ int image_co_flush(struct backend *b)
     return backend_co_request(b, &req);
 }
 
+static int look_at_luks(struct image_layer *layer, const uint8_t *bytes, size_t len,
+                        struct error **err)
+{
+    struct luks_header h;
+    int r = luks_header_parse(&h, bytes, len, layer->file_size, err);
+
+    if (r < 0)
+        return error_wrap(err, r, "'%s'", layer->filename);
+    layer->luks_payload = MIN((uint64_t)h.payload_sector * LUKS_SECTOR, layer->file_size);
+    return 0;
+}
+
 static int co_fn look_at_bytes(struct image_layer *layer, const uint8_t *bytes, size_t len,
                                unsigned flags, struct error **err)
 {
@@ -506,6 +531,8 @@ static int co_fn look_at_bytes(struct image_layer *layer, const uint8_t *bytes, 
     }
     if (flags & IMAGE_FILE)
         return 0;
+    if (strcmp(layer->format, "luks") == 0)
+        return look_at_luks(layer, bytes, len, err);
     if (strcmp(layer->format, "qcow2") != 0) {
         if (!image_format_known(layer->format))
             return error_set(err, ENOTSUP, "'%s': format '%s' is not supported", layer->filename,
@@ -659,6 +686,13 @@ static int co_fn control_fn add_layer(struct image *image, struct wanted *w, str
     return r == 0 && is_import(layer->format) ? open_imported(image, i, err) : r;
 }
 
+/* Does it say more of the backing file that the image names, such as its key, and not which file that is? */
+static bool json_is_more(const json_t *backing)
+{
+    return !json_object_get(backing, "file") && !json_object_get(backing, "driver") &&
+           !json_object_get(backing, "filename");
+}
+
 /* Whether there is a layer below the last one, and what it is. */
 static int co_fn control_fn next_layer(struct image *image, struct wanted *w, struct error **err)
 {
@@ -674,7 +708,7 @@ static int co_fn control_fn next_layer(struct image *image, struct wanted *w, st
             return 0;
         return error_set(err, EINVAL, "`backing` is neither null nor the options of an image");
     }
-    if (layer->backing)
+    if (layer->backing && !(name && json_is_more(layer->backing)))
         r = wanted_from_tree(w, json_incref(layer->backing), NULL, err);
     else if (!name)
         return 0;
@@ -686,6 +720,11 @@ static int co_fn control_fn next_layer(struct image *image, struct wanted *w, st
             r = wanted_from_name(w, path, layer->backing_format, err);
         free(path);
         w->shown = name;
+    }
+    if (r == 0 && layer->backing && !w->options) {
+        w->options = json_deep_copy(layer->backing);
+        w->backing = json_incref(json_object_get(layer->backing, "backing"));
+        json_object_del(w->options, "backing");
     }
     return r < 0 ? r : 1;
 }
@@ -802,6 +841,7 @@ int image_co_open(struct image *image, struct graph *g, const char *prefix,
         .prefix = xstrdup(prefix),
         .flags = spec->flags,
         .base_name = spec->base,
+        .key_secret = spec->key_secret,
     };
     r = spec->snapshot ? read_snapshot(image, spec->snapshot, err) : 0;
     if (r == 0)
@@ -849,7 +889,8 @@ uint64_t image_size(const struct image *image)
         return align_up(backend_size(image->backend), SECTOR);
     if (top->imported)
         return top->imported_size;
-    return align_up(top->header.version ? top->header.size : top->file_size, SECTOR);
+    return align_up(top->header.version ? top->header.size : top->file_size - top->luks_payload,
+                    SECTOR);
 }
 
 const char *image_format(const struct image *image)

@@ -41,10 +41,11 @@ enum image_flags {
 /* How an image is named on the command line. */
 struct image_spec {
     const char *name;
-    const char *format;   /* NULL: it is probed */
-    bool options;         /* `name` is options (--image-opts) */
-    const char *snapshot; /* -l: what the top shows; NULL: what it holds now */
-    const char *base;     /* of IMAGE_COMMIT; NULL: the layer below the top */
+    const char *format;     /* NULL: it is probed */
+    bool options;           /* `name` is options (--image-opts) */
+    const char *key_secret; /* opens the top if it is encrypted; NULL: its options say that */
+    const char *snapshot;   /* -l: what the top shows; NULL: what it holds now */
+    const char *base;       /* of IMAGE_COMMIT; NULL: the layer below the top */
     unsigned flags;
 };
 
@@ -61,6 +62,7 @@ struct image_layer {
     bool imported;              /* of a format that is only read: its node is there in any case */
     uint64_t imported_size;     /* of such a disk */
     uint64_t imported_cluster;  /* the unit of allocation; 0: there is none */
+    uint64_t luks_payload;      /* of a LUKS volume: where its disk begins */
     char *backing_filename;     /* in full; NULL: it names none */
     char *backing_format;       /* NULL: it is not said */
     char *data_node; /* of an external data file; NULL: there is none, or it is not open */
@@ -77,6 +79,7 @@ struct image {
     size_t count;
     unsigned flags;
     const char *base_name;
+    const char *key_secret;
     size_t base;      /* of IMAGE_COMMIT: a layer; 0: it was not found yet, or there is none */
     json_t *snapshot; /* that the top shows, as its driver's option; or NULL */
     struct backend *backend; /* on the top */
@@ -112,7 +115,7 @@ char *image_data_path(const char *base, const char *name);
 int image_file_definition(const char *name, json_t **ret, struct error **err);
 /* What can be read. */
 bool image_format_known(const char *format);
-/* "raw", "qcow2": what can be made and written, too. */
+/* "raw", "qcow2", "luks": what can be made and written, too. */
 bool image_format_written(const char *format);
 /* Warns that the format of what is about to be written was guessed. */
 void image_warn_probed(const struct image *image);

@@ -6,6 +6,7 @@
 #include "base/endian.h"
 #include "base/json-text.h"
 #include "base/macros.h"
+#include "cli/image/info-luks.h"
 #include "cli/image/tool.h"
 
 #include <errno.h>
@@ -232,6 +233,8 @@ int info_tables_co_read(struct info_tables *ret, struct graph *g, const struct i
         r = read_snapshots(ret, g, layer, err);
     if (r == 0 && layer->header.has_bitmaps && layer->header.bitmap_count)
         r = read_bitmaps(ret, g, layer, err);
+    if (r == 0)
+        r = info_luks_co_read(&ret->luks, g, layer, err);
     if (strcmp(layer->format, "vmdk") == 0)
         ret->vmdk = info_vmdk_json(graph_find(g, layer->node), layer);
     return r;
@@ -241,5 +244,6 @@ void info_tables_release(struct info_tables *t)
 {
     json_decref(t->snapshots);
     json_decref(t->bitmaps);
+    json_decref(t->luks);
     json_decref(t->vmdk);
 }

@@ -13,6 +13,7 @@
 struct info_tables {
     json_t *snapshots;
     json_t *bitmaps;
+    json_t *luks; /* what its encryption's header says */
     json_t *vmdk; /* what is specific to this format */
 };
 

@@ -4,6 +4,7 @@
 #include "base/atomic.h"
 #include "base/macros.h"
 #include "base/number.h"
+#include "cli/image/objects.h"
 #include "filters/list.h"
 #include "formats/list.h"
 #include "loop/loop.h"
@@ -40,7 +41,9 @@ int tool_next_option(int argc, char **argv, const char *letters, const struct op
             return cli_usage(err, "option '%s' is not understood",
                              argv[at < optind ? optind - 1 : at]);
         case TOOL_OBJECT:
-            return error_set(err, ENOTSUP, "--object %s: objects are not supported yet", optarg);
+            if (objects_read(optarg, err) < 0)
+                return -EINVAL;
+            break;
         case TOOL_ALLOW:
             image_allow(optarg);
             break;
@@ -157,7 +160,9 @@ static void co_fn control_fn run_body(void *arg)
     struct run *run = arg;
     struct graph *g = graph_new(drivers);
 
-    run->result = run->fn(g, run->arg, &run->error);
+    run->result = objects_co_make(g, &run->error);
+    if (run->result == 0)
+        run->result = run->fn(g, run->arg, &run->error);
     (void)graph_co_free(g);
     while (thread_count)
         (void)loop_thread_stop(threads[--thread_count]);

@@ -156,7 +156,7 @@ const struct cli_command io_command = {
         "  -t, --cache CACHE     none, writeback, writethrough (default), directsync, unsafe\n"
         "  -n, --nocache         -t none\n"
         "  -d, --discard MODE    unmap (default) or ignore\n"
-        "  -f, --format FORMAT   of FILE: raw or qcow2; by default it is probed\n"
+        "  -f, --format FORMAT   of FILE: raw, qcow2, vdi, vhdx, vmdk, vpc; by default it is probed\n"
         "      --image-opts      FILE is options: driver=qcow2,file.filename=PATH\n"
         "  -U, --force-share     although others write to it; with -r\n"
         "      --allow DIR       what images refer to may lie in DIR, too\n"

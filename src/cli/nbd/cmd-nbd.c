@@ -358,7 +358,7 @@ const struct cli_command nbd_command = {
         "  -B, --bitmap NAME         clients can read this dirty bitmap; may be given several times\n"
         "      --fork                go to the background when clients can come\n"
         "      --pid-file PATH       write the process id there\n"
-        "  -f, --format FORMAT       of FILE: raw or qcow2; by default it is probed\n"
+        "  -f, --format FORMAT       of FILE: raw, qcow2, vdi, vhdx, vmdk, vpc; by default it is probed\n"
         "  -r, --read-only           nobody may write\n"
         "  -s, --snapshot            what is written goes to a temporary file, and with it\n"
         "  -l, --load-snapshot SNAP  an internal snapshot of FILE, by ID or name or\n"

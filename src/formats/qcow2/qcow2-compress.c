@@ -195,9 +195,8 @@ static int co_fn decompress_entry(struct qcow2 *q, const struct request *by, uin
     return r;
 }
 
-int qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry)
+static int co_fn read_compressed(struct qcow2 *q, struct request *req, uint64_t entry)
 {
-    struct qcow2 *q = node_state(node);
     uint64_t in_cluster = req->offset & (qcow2_cluster_size(q) - 1);
     uint64_t turn;
     struct qcow2_plain *p = plain_get(q, entry, &turn);
@@ -217,6 +216,14 @@ int qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry
         request_scatter(req, 0, p->bytes + in_cluster, (size_t)req->len);
     plain_put(q, p);
     return r;
+}
+
+int qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry)
+{
+    struct qcow2 *q = node_state(node);
+
+    return entry & QCOW2_L2_COMPRESSED ? read_compressed(q, req, entry)
+                                       : qcow2_crypt_read(q, req, entry);
 }
 
 /* ---- writing ---- */

@@ -2,8 +2,8 @@
 /*
  * Making empty images. The layout is arithmetic:
  *
- *   | header | refcount table | refcount blocks | L1 table | L2 tables | data |
- *                                               (the last two with preallocation only)
+ *   | header | refcount table | refcount blocks | L1 table | LUKS header | L2 tables | data |
+ *                                         (of encrypted images)  (the last two with preallocation only)
  *
  * All clusters of the file have refcount 1. The blocks that say so are part of the file themselves, hence the search for the
  * number of blocks that covers all.
@@ -47,6 +47,15 @@ static size_t qcow2_header_put_extension(uint8_t *at, uint32_t type, const void 
     return QCOW2_EXTENSION_HEAD + (size_t)align_up(len, QCOW2_EXTENSION_ALIGN);
 }
 
+static size_t qcow2_header_put_encryption(const struct qcow2_layout *l, uint8_t *at)
+{
+    uint8_t place[QCOW2_ENCRYPTION_LEN];
+
+    store_be64(place + QCOW2_ENCRYPTION_OFFSET, l->luks_offset);
+    store_be64(place + QCOW2_ENCRYPTION_LENGTH, l->luks_len);
+    return qcow2_header_put_extension(at, QCOW2_EXTENSION_ENCRYPTION, place, sizeof(place));
+}
+
 static size_t qcow2_header_put_features(uint8_t *at)
 {
     uint8_t table[8 * QCOW2_FEATURE_ENTRY_LEN] = {0};
@@ -86,6 +95,7 @@ static size_t qcow2_header_put_fields(const struct qcow2_layout *l, uint8_t *at)
     store_be32(at + QCOW2_OFFSET_VERSION, l->version);
     store_be32(at + QCOW2_OFFSET_CLUSTER_BITS, l->cluster_bits);
     store_be64(at + QCOW2_OFFSET_SIZE, l->size);
+    store_be32(at + QCOW2_OFFSET_CRYPT_METHOD, l->luks_len ? QCOW2_CRYPT_LUKS : QCOW2_CRYPT_NONE);
     store_be32(at + QCOW2_OFFSET_L1_SIZE, (uint32_t)l->l1_size);
     store_be64(at + QCOW2_OFFSET_L1_OFFSET, l->l1_offset);
     store_be64(at + QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET, l->refcount_table_offset);
@@ -107,6 +117,8 @@ static size_t qcow2_header_build(const struct qcow2_layout *l, bool features,
     if (l->backing_format)
         len += qcow2_header_put_extension(head + len, QCOW2_EXTENSION_BACKING_FORMAT,
                                           l->backing_format, strlen(l->backing_format));
+    if (l->luks_len)
+        len += qcow2_header_put_encryption(l, head + len);
     if (l->data_file)
         len += qcow2_header_put_extension(head + len, QCOW2_EXTENSION_DATA_FILE, l->data_file,
                                           strlen(l->data_file));
@@ -120,14 +132,18 @@ static size_t qcow2_header_build(const struct qcow2_layout *l, bool features,
     return len;
 }
 
-/* The same, with as much as there is room for in a cluster. Returns the length with the backing file's name. */
+/*
+ * The same, with the features' names if there is room for them and for an extension of bitmaps, which may come later. Returns the
+ * length with the backing file's name.
+ */
 static size_t qcow2_header_fit(const struct qcow2_layout *l, uint8_t head[QCOW2_CREATE_HEADER_MAX],
                                size_t *ret_head_len)
 {
     size_t name_len = l->backing_file ? strlen(l->backing_file) : 0;
 
     *ret_head_len = qcow2_header_build(l, l->version >= 3, head);
-    if (*ret_head_len + name_len > (size_t)1 << l->cluster_bits)
+    if (*ret_head_len + name_len + QCOW2_EXTENSION_HEAD + QCOW2_BITMAPS_LEN >
+        (size_t)1 << l->cluster_bits)
         *ret_head_len = qcow2_header_build(l, false, head);
     return *ret_head_len + name_len;
 }
@@ -241,6 +257,8 @@ static void qcow2_layout_place(struct qcow2_layout *l, size_t header_len)
     end = l->refcount_blocks_offset + (l->refcount_blocks << bits);
     l->l1_offset = l->l1_size ? end : 0;
     end += l1_clusters << bits;
+    l->luks_offset = l->luks_len ? end : 0;
+    end += align_up(l->luks_len, (uint64_t)1 << bits);
     l->l2_offset = end;
     l->data_offset = l->l2_offset + (l->l2_tables << bits);
     l->file_size = l->data_offset + (l->data_clusters << bits);
@@ -272,7 +290,8 @@ static int qcow2_layout_count(struct qcow2_layout *l, bool preallocate, struct e
         l->data_clusters = l->data_file ? 0 : l->mapped_clusters;
     }
     qcow2_layout_count_refcounts(l, 1 + qcow2_div_up(l->l1_size * QCOW2_ENTRY_LEN, cluster_size) +
-                                        l->l2_tables + l->data_clusters);
+                                        qcow2_div_up(l->luks_len, cluster_size) + l->l2_tables +
+                                        l->data_clusters);
     if (l->refcount_table_clusters > QCOW2_REFCOUNT_TABLE_BYTES_MAX >> bits)
         return error_set(err, EINVAL,
                          "the refcount table would have %" PRIu64 " bytes, expected %" PRIu64
@@ -318,6 +337,7 @@ int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_l
         .refcount_order = options->refcount_order,
         .lazy_refcounts = options->lazy_refcounts,
         .compression_type = options->compression_type,
+        .luks_len = options->luks_len,
         .backing_file = options->backing_file,
         .backing_format = options->backing_format,
         .data_file = options->data_file,
@@ -409,6 +429,12 @@ static bool qcow2_cut(uint64_t offset, size_t len, uint64_t area, uint64_t area_
     return true;
 }
 
+/* What nobody has written decrypts to anything: it is said to be zeroes (WRITE-4). */
+static uint64_t qcow2_data_flags(const struct qcow2_layout *l)
+{
+    return QCOW2_COPIED | (l->luks_len ? QCOW2_L2_ZERO : 0);
+}
+
 void qcow2_layout_read(const struct qcow2_layout *layout, uint64_t offset, void *buf, size_t len)
 {
     const struct qcow2_layout *l = layout;
@@ -422,7 +448,8 @@ void qcow2_layout_read(const struct qcow2_layout *layout, uint64_t offset, void 
         {l->refcount_table_offset, {l->refcount_blocks, l->refcount_blocks_offset, cluster_size}},
         {l->l1_offset, {l->l2_tables, l->l2_offset | QCOW2_COPIED, cluster_size}},
         {l->l2_offset,
-         {l->mapped_clusters, (l->data_file ? 0 : l->data_offset) | QCOW2_COPIED, cluster_size}},
+         {l->mapped_clusters, (l->data_file ? 0 : l->data_offset) | qcow2_data_flags(l),
+          cluster_size}},
     };
 
     uint8_t *bytes = buf;

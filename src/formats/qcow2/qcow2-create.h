@@ -28,6 +28,7 @@ struct qcow2_create_options {
     const char
         *data_file;     /* where guest clusters lie; NULL: in the image itself; since version 3 */
     bool data_file_raw; /* it holds what the disk shows: all of it is mapped */
+    uint64_t luks_len;  /* bytes that a LUKS header takes; 0: the disk is not encrypted */
 };
 
 #define QCOW2_CREATE_OPTIONS_INIT                                                                  \
@@ -63,7 +64,10 @@ struct qcow2_layout {
     uint64_t refcount_blocks; /* clusters */
     uint64_t l1_offset;       /* 0 if l1_size is */
     uint64_t l1_size;         /* entries */
-    uint64_t l2_offset;       /* with preallocation only */
+    uint64_t
+        luks_offset; /* of an encrypted image; what is there is written by encrypted_co_format() */
+    uint64_t luks_len;
+    uint64_t l2_offset; /* with preallocation only */
     uint64_t l2_tables;
     uint64_t data_offset; /* as l2_offset */
     uint64_t data_clusters;

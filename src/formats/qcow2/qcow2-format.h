@@ -68,6 +68,11 @@ enum qcow2_compression { QCOW2_COMPRESSION_ZLIB, QCOW2_COMPRESSION_ZSTD };
 #define QCOW2_EXTENSION_ENCRYPTION     UINT32_C(0x0537be77)
 #define QCOW2_EXTENSION_DATA_FILE      UINT32_C(0x44415441)
 
+/* The extension of encryption: where the LUKS header lies, and its length. */
+#define QCOW2_ENCRYPTION_LEN    16
+#define QCOW2_ENCRYPTION_OFFSET 0
+#define QCOW2_ENCRYPTION_LENGTH 8
+
 /* An entry of the feature name table: type (1 byte), bit (1 byte), name padded with zeroes. */
 enum qcow2_feature_type {
     QCOW2_FEATURE_INCOMPATIBLE,
@@ -132,6 +137,7 @@ enum qcow2_feature_type {
 #define QCOW2_BITMAPS_DIRECTORY_MAX        (64 * MIB)
 #define QCOW2_BACKING_FILE_MAX             1023
 /* Ours. */
+#define QCOW2_LUKS_HEADER_MAX    (64 * MIB)
 #define QCOW2_BACKING_FORMAT_MAX 255
 #define QCOW2_DATA_FILE_MAX      1023
 

@@ -357,9 +357,9 @@ static int qcow2_table_check(const struct qcow2_table *t, uint64_t cluster_size,
     return 0;
 }
 
-/* All lie in the file and apart from each other. */
+/* All lie in the file and apart from each other. `luks`: the header of that, or none. */
 static int qcow2_header_check_tables(const struct qcow2_header *h, uint64_t file_size,
-                                     struct error **err)
+                                     struct qcow2_table luks, struct error **err)
 {
     uint64_t cluster_size = qcow2_header_cluster_size(h);
     struct qcow2_table tables[] = {
@@ -370,6 +370,7 @@ static int qcow2_header_check_tables(const struct qcow2_header *h, uint64_t file
          (uint64_t)h->snapshot_count * QCOW2_SNAPSHOT_LEN_MIN},
         {"bitmap directory", h->bitmap_directory_offset,
          h->has_bitmaps ? h->bitmap_directory_size : 0},
+        luks,
     };
 
     for (unsigned i = 0; i < ARRAY_SIZE(tables); i++) {
@@ -469,7 +470,8 @@ static int qcow2_header_parse_all(struct qcow2_header *h, struct qcow2_source *s
         (r = qcow2_header_parse_snapshots(h, src, err)) < 0 ||
         (r = qcow2_header_parse_extensions(h, src, err)) < 0 ||
         (r = qcow2_header_parse_bitmaps(h, err)) < 0 ||
-        (r = qcow2_header_check_tables(h, src->file_size, err)) < 0 ||
+        (r = qcow2_header_check_tables(h, src->file_size, (struct qcow2_table){.len = 0}, err)) <
+            0 ||
         (r = qcow2_header_parse_backing(h, src, err)) < 0 ||
         (r = qcow2_header_parse_backing_format(h, err)) < 0)
         return r;
@@ -604,10 +606,12 @@ static int qcow2_header_check_usable(const struct qcow2_header *h, const char *n
                          "node '%s': the image's compression type is %u, only 0 (zlib) and 1 "
                          "(zstd) are supported",
                          node_name, h->compression_type);
-    if (h->crypt_method != QCOW2_CRYPT_NONE)
-        return error_set(err, ENOTSUP,
-                         "node '%s': the image has %s encryption, which is not supported",
-                         node_name, h->crypt_method == QCOW2_CRYPT_AES ? "AES" : "LUKS");
+    if (h->crypt_method == QCOW2_CRYPT_AES)
+        return error_set(
+            err, ENOTSUP,
+            "node '%s': the image has AES encryption, which is weak, and not supported: "
+            "convert it with qemu-img",
+            node_name);
     return 0;
 }
 
@@ -630,6 +634,29 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
             "which cannot keep what they hold: open it with read-only=on",
             node_name);
     return 0;
+}
+
+int qcow2_header_encryption(const struct qcow2_header *header, uint64_t file_size,
+                            uint64_t *ret_offset, uint64_t *ret_len, struct error **err)
+{
+    const struct qcow2_extension *e = qcow2_extension_find(header, QCOW2_EXTENSION_ENCRYPTION);
+    struct qcow2_table luks = {.name = "LUKS header"};
+
+    if (!e)
+        return error_set(err, EINVAL,
+                         "the image is encrypted, but does not say where its LUKS header is");
+    if (e->len != QCOW2_ENCRYPTION_LEN)
+        return error_set(err, EINVAL, "the encryption extension has %" PRIu32 " bytes, expected %d",
+                         e->len, QCOW2_ENCRYPTION_LEN);
+    luks.offset = load_be64(e->data + QCOW2_ENCRYPTION_OFFSET);
+    luks.len = load_be64(e->data + QCOW2_ENCRYPTION_LENGTH);
+    if (!luks.len || luks.len > QCOW2_LUKS_HEADER_MAX)
+        return error_set(err, EINVAL,
+                         "the LUKS header has %" PRIu64 " bytes, expected 1 to %" PRIu64, luks.len,
+                         QCOW2_LUKS_HEADER_MAX);
+    *ret_offset = luks.offset;
+    *ret_len = luks.len;
+    return qcow2_header_check_tables(header, file_size, luks, err);
 }
 
 uint64_t qcow2_header_autoclear_kept(void)

@@ -91,6 +91,13 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
                                  const char *node_name, struct error **err);
 
 /*
+ * Where the LUKS header of an encrypted image lies. -EINVAL if it is not said, or lies where it cannot: not in the file, or on top
+ * of another table that the header names.
+ */
+int qcow2_header_encryption(const struct qcow2_header *header, uint64_t file_size,
+                            uint64_t *ret_offset, uint64_t *ret_len, struct error **err);
+
+/*
  * The autoclear features that the driver maintains. Who opens an image for writing clears the other bits of `autoclear` in
  * the file, durably, before the first change: what they promise does not hold any more.
  */

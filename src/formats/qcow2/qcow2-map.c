@@ -481,7 +481,12 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
 int qcow2_co_map(struct node *node, const struct request *req, uint64_t offset, uint64_t len,
                  struct mapping *ret)
 {
-    return qcow2_map_run(node_state(node), req, offset, len, false, ret);
+    struct qcow2 *q = node_state(node);
+    int r = qcow2_map_run(q, req, offset, len, false, ret);
+
+    if (unlikely(q->crypt) && ret->kind == MAPPING_DATA)
+        ret->kind = MAPPING_ENCODED; /* below bit 56, where compressed clusters have theirs set */
+    return r;
 }
 
 uint64_t qcow2_next_mapped(const struct qcow2 *q, uint64_t first, uint64_t end)

@@ -50,20 +50,25 @@ static int co_fn make_zero(struct qcow2 *q, const struct request *by, const stru
 static int co_fn place(struct qcow2 *q, const struct request *by, struct qcow2_slice *s,
                        uint64_t first, uint64_t count, uint64_t *ret_count)
 {
+    /* WRITE-4: what is not written yet is said to be zeroes. */
+    uint64_t flags = QCOW2_COPIED | (q->crypt ? QCOW2_L2_ZERO : 0);
     struct qcow2_extent at;
-    int r = qcow2_place_get(q, by, first, count, &at);
+    int r = q->crypt && q->version < 3 ? -EOPNOTSUPP : 0;
 
+    if (r == 0)
+        r = qcow2_place_get(q, by, first, count, &at);
     if (r < 0)
         return r;
-    r = make_zero(q, by, &at);
+    if (!q->crypt)
+        r = make_zero(q, by, &at);
     if (r < 0) {
         qcow2_place_put(q, &at);
         return r;
     }
     tiny_lock_acquire(&q->lock);
     for (uint64_t i = 0; i < at.count; i++)
-        qcow2_entry_set_locked(q, s, first + i,
-                               (at.host_offset + (i << q->cluster_bits)) | QCOW2_COPIED, !at.fresh);
+        qcow2_entry_set_locked(q, s, first + i, (at.host_offset + (i << q->cluster_bits)) | flags,
+                               !at.fresh);
     tiny_lock_release(&q->lock);
     chain_changed(q->node, first << q->cluster_bits, at.count << q->cluster_bits);
     *ret_count = at.count;

@@ -26,7 +26,9 @@ static int co_fn write_header(struct qcow2 *q, const struct request *req, uint64
 
     if (!b)
         return -ENOMEM;
-    memset(b->data, 0, len); /* no encryption */
+    memset(b->data, 0, len);
+    store_be32(b->data + QCOW2_OFFSET_CRYPT_METHOD - QCOW2_OFFSET_SIZE,
+               q->crypt ? QCOW2_CRYPT_LUKS : QCOW2_CRYPT_NONE);
     store_be64(b->data, size);
     store_be32(b->data + QCOW2_OFFSET_L1_SIZE - QCOW2_OFFSET_SIZE, l1_size);
     store_be64(b->data + QCOW2_OFFSET_L1_OFFSET - QCOW2_OFFSET_SIZE, l1_offset);

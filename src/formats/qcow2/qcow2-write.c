@@ -8,6 +8,8 @@
  * WRITE-3 The cluster that a mapping no longer points to goes through the flush and the epoch before it is touched (Q1). One
  *         that stays its guest cluster's without being mapped to, as it reads as zeroes or lies in a data file, is only touched
  *         after an epoch.
+ * WRITE-4 Of an encrypted image nothing reads as zeroes because nothing was written there: where a place is new, all of the cluster is
+ *         written, and the mapping waits for it.
  */
 #include "base/alloc.h"
 #include "base/atomic.h"
@@ -45,13 +47,15 @@ static int co_fn write_in_place(struct qcow2 *q, struct request *req, uint64_t d
     r = qcow2_map_run(q, req, req->offset + done, req->len - done, true, &map);
     if (likely(r == 0 && map.kind == MAPPING_DATA)) {
         *ret_len = map.len;
-        if (map.len < req->len)
+        if (map.len < req->len && likely(!q->crypt))
             *ret_len = request_slice(&piece, req, done, map.len, iov, PIECE_IOV);
         piece.flags &= ~(unsigned)REQUEST_FUA; /* the core flushes: the mapping counts, too */
         edge_co_announce(q->file, EVENT_WRITE_AIO, req);
         if (likely(!qcow2_has_data_file(q)))
             r = qcow2_guard_write(q, req, 0, map.host_offset, *ret_len);
-        if (likely(r == 0))
+        if (unlikely(q->crypt) && r == 0)
+            r = qcow2_crypt_write(q, req, done, map.len, map.host_offset);
+        else if (likely(r == 0))
             r = edge_co_request_at(q->data, &piece, map.host_offset);
     }
     epoch_leave(slot, phase);
@@ -308,10 +312,17 @@ static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const s
         write.hold = b;
         edge_co_announce(q->file, EVENT_COW_WRITE, req);
         edge_co_announce(q->file, EVENT_WRITE_AIO, req);
-        r = edge_co_request(q->data, &write);
+        r = q->crypt ? qcow2_crypt_write(q, &write, 0, bytes, p->at.host_offset)
+                     : edge_co_request(q->data, &write);
     }
     iobuf_unref(b);
     return r;
+}
+
+/* Is the rest of the clusters right if nothing is written there (WRITE-4)? */
+static bool rest_is_right(const struct qcow2 *q, const struct placing *p)
+{
+    return p->was_zero && p->at.fresh && !q->crypt;
 }
 
 static int co_fn write_data(struct qcow2 *q, struct request *req, const struct placing *p,
@@ -322,8 +333,10 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
     struct iovec iov[PIECE_IOV];
     struct request piece = *req;
 
-    if (!whole && !(p->was_zero && p->at.fresh))
+    if (!whole && !rest_is_right(q, p))
         return write_mixed(q, req, p, done, len);
+    if (q->crypt)
+        return qcow2_crypt_write(q, req, done, len, p->at.host_offset + head);
     piece.flags &= ~(unsigned)REQUEST_FUA;
     if (len < req->len && request_slice(&piece, req, done, len, iov, PIECE_IOV) < len)
         return write_mixed(q, req, p, done, len); /* more vectors than fit */
@@ -334,7 +347,7 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
 /* WRITE-2. What pointed to zeroes may point to fresh space before the data is there: it reads the same. */
 static void publish(struct qcow2 *q, struct placing *p)
 {
-    bool ordered = !(p->was_zero && p->at.fresh);
+    bool ordered = !rest_is_right(q, p);
 
     tiny_lock_acquire(&q->lock);
     for (uint64_t i = 0; i < p->count; i++)
@@ -448,7 +461,7 @@ int qcow2_co_write(struct node *node, struct request *req)
     struct qcow2 *q = node_state(node);
 
     if (unlikely(req->flags & REQUEST_COMPRESSED))
-        return qcow2_has_data_file(q) ? -EOPNOTSUPP : qcow2_write_compressed(q, req);
+        return q->crypt || qcow2_has_data_file(q) ? -EOPNOTSUPP : qcow2_write_compressed(q, req);
     return write_all(q, req);
 }
 

@@ -232,6 +232,8 @@ static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
     q->compression_type = header->compression_type;
     q->names_backing = header->backing_file;
     node_set_size(q->node, header->size);
+    if (q->crypt)
+        node_set_alignment(q->node, LUKS_SECTOR, 1);
     node_set_preferred_alignment(q->node, node_preferred_alignment(edge_node(q->data)));
 }
 
@@ -282,6 +284,7 @@ static void release(struct qcow2 *q)
     qcow2_map_release(q);
     qcow2_alloc_release(q);
     qcow2_guard_release(q);
+    q->crypt = qcow2_crypt_close(q->crypt);
 }
 
 static int co_fn control_fn qcow2_co_open(struct node *node, const void *options,
@@ -304,8 +307,11 @@ static int co_fn control_fn qcow2_co_open(struct node *node, const void *options
         r = want_backing(q, opt, &header, err);
     if (r == 0)
         r = qcow2_data_open(q, &header, err);
+    if (r == 0)
+        r = qcow2_crypt_open(q, &by, &header, opt, err);
     if (r == 0) {
         set_geometry(q, &header);
+        qcow2_crypt_protect(q);
         r = open_tables(q, &by, &header, opt, err);
     }
     qcow2_header_release(&header);

@@ -12,6 +12,7 @@
  *   qcow2-refcount.c  refcounts on disk
  *   qcow2-flush.c     how changed mappings reach the disk
  *   qcow2-resize.c    the virtual size
+ *   qcow2-crypt.c     encryption of guest data
  *   qcow2-guard.c     where metadata lies, so that nothing else is written there
  *   qcow2-corrupt.c   what happens when damage is found
  *   qcow2-bitmap*.c   dirty bitmaps that the image stores
@@ -28,6 +29,7 @@
 
 #include "base/context.h"
 #include "base/list.h"
+#include "formats/qcow2/qcow2-crypt.h"
 #include "formats/qcow2/qcow2-format.h"
 #include "formats/qcow2/qcow2-guard.h"
 #include "formats/qcow2/qcow2-online.h"
@@ -162,6 +164,7 @@ struct qcow2 {
     unsigned compression_type; /* enum qcow2_compression */
     bool names_backing;        /* the image does, whatever was opened as one */
     bool writable;
+    struct qcow2_crypt *crypt; /* NULL: guest data lies there as it is */
 
     bool sync_failed;  /* atomic: what was not durable then may be gone (FLUSH-6) */
     bool broken_told;  /* atomic: damage has been told */
@@ -296,6 +299,7 @@ size_t qcow2_slice_bytes(const struct qcow2 *q);
 struct qcow2_plain;
 
 int co_fn qcow2_write_compressed(struct qcow2 *q, struct request *req);
+/* An L2 entry, or, of an encrypted image, where data lies. */
 int co_fn qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry);
 /* Where the bytes of a compressed cluster lie, to the end of their last sector. */
 void qcow2_compressed_place(const struct qcow2 *q, uint64_t entry, uint64_t *ret_offset,
