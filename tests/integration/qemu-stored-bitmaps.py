@@ -466,6 +466,21 @@ def test_a_broken_directory_costs_all(start, tmp_path, where, kind, value):
     must_be_sound(path)
 
 
+def test_a_repair_that_changes_the_disk_is_not_hidden(start, tmp_path):
+    """What is lost reads as zeroes afterwards, and no bitmap has recorded that (P2)."""
+    host, path = stored(start, tmp_path)
+    entry = (field(path, field(path, 40, "Q"), "Q") & ~(1 << 63)) + 20 * 16 * 8
+    patch(path, entry, "Q", 1 << 40 | 1 << 63)
+    cairn = subprocess.run([os.environ["CAIRN"], "check", "-r", "all", path], capture_output=True, text=True, timeout=60, check=False)
+    assert cairn.returncode == 0 and "now reads as zeroes" in cairn.stdout + cairn.stderr, cairn
+    must_be_sound(path)
+    assert listed(path) == [("a", 65536, ["auto", "in-use"]), ("b", 65536, ["auto", "in-use"])]
+    host.open(path)
+    host.io("read -P 0 20M 64k")
+    assert all(bitmap["inconsistent"] for bitmap in host.state().values())
+    host.close()
+
+
 def test_what_is_refused(start, tmp_path):
     path = create(tmp_path / "a.qcow2", "compat=0.10")
     host = Host(start(), path)

@@ -314,7 +314,8 @@ static void test_qcow2_bitmaps__entries_are_read_as_they_were_put(void **state)
 
     (void)state;
     assert_int_equal(qcow2_bitmap_entry_put(bytes, &in), 32);
-    qcow2_bitmap_entry_set_flags(bytes, QCOW2_BITMAP_IN_USE);
+    assert_true(qcow2_bitmap_set_in_use(bytes, 32));
+    assert_false(qcow2_bitmap_set_in_use(bytes, 32));
     assert_null(qcow2_bitmap_entry_next(bytes, 32, &at, &out));
     assert_int_equal(at, 32);
     assert_int_equal(out.flags, 7);

@@ -76,9 +76,18 @@ size_t qcow2_bitmap_entry_put(uint8_t *to, const struct qcow2_bitmap_entry *e)
     return whole;
 }
 
-void qcow2_bitmap_entry_set_flags(uint8_t *entry, uint32_t flags)
+bool qcow2_bitmap_set_in_use(uint8_t *directory, size_t len)
 {
-    store_be32(entry + AT_FLAGS, load_be32(entry + AT_FLAGS) | flags);
+    struct qcow2_bitmap_entry e;
+    bool any = false;
+
+    for (size_t at = 0, next = 0; at < len; at = next) {
+        if (qcow2_bitmap_entry_next(directory, len, &next, &e))
+            break; /* there is none like that */
+        any |= !(e.flags & QCOW2_BITMAP_IN_USE);
+        store_be32(directory + at + AT_FLAGS, e.flags | QCOW2_BITMAP_IN_USE);
+    }
+    return any;
 }
 
 uint64_t qcow2_bitmap_table_entries(uint64_t size, unsigned granularity_bits, unsigned cluster_bits)

@@ -3,6 +3,7 @@
 #ifndef CAIRN_FORMATS_QCOW2_BITMAP_DIR_H
 #define CAIRN_FORMATS_QCOW2_BITMAP_DIR_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -49,8 +50,8 @@ const char *qcow2_bitmap_entry_next(const uint8_t *directory, size_t len, size_t
 /* Appends it, at qcow2_bitmap_entry_len() bytes that there are. Returns how many. */
 size_t qcow2_bitmap_entry_put(uint8_t *to, const struct qcow2_bitmap_entry *e);
 
-/* Sets flags of the entry at this place. */
-void qcow2_bitmap_entry_set_flags(uint8_t *entry, uint32_t flags);
+/* All entries of a directory that has been looked at. True: some were not. */
+bool qcow2_bitmap_set_in_use(uint8_t *directory, size_t len);
 
 /* How many entries the table of a bitmap has, for a disk of `size` bytes; at most 2^63 / 2^9 / 8 / 2^9. */
 uint64_t qcow2_bitmap_table_entries(uint64_t size, unsigned granularity_bits,

@@ -250,27 +250,12 @@ static int co_fn write_directory(struct loading *l, const struct qcow2_bitmaps *
     return r < 0 ? r : qcow2_sync(l->q, l->by);
 }
 
-/* True: some were not. */
-static bool mark_entries(struct qcow2_bitmaps *b)
-{
-    struct qcow2_bitmap_entry e;
-    bool any = false;
-
-    for (size_t at = 0, next = 0; at < b->len; at = next) {
-        if (qcow2_bitmap_entry_next(b->directory, b->len, &next, &e))
-            break; /* it was looked at when it was loaded: there is none like that */
-        any |= !(e.flags & QCOW2_BITMAP_IN_USE);
-        qcow2_bitmap_entry_set_flags(b->directory + at, QCOW2_BITMAP_IN_USE);
-    }
-    return any;
-}
-
 int qcow2_bitmaps_co_mark(struct qcow2 *q, const struct request *by, struct error **err)
 {
     struct loading l = {.q = q, .by = by};
     int r;
 
-    if (!q->bitmaps->directory || !mark_entries(q->bitmaps))
+    if (!q->bitmaps->directory || !qcow2_bitmap_set_in_use(q->bitmaps->directory, q->bitmaps->len))
         return 0;
     l.table = iobuf_new(TABLE_PIECE);
     r = l.table ? write_directory(&l, q->bitmaps) : -ENOMEM;

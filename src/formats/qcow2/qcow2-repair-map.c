@@ -5,10 +5,12 @@
  * REPAIR-3 An entry is changed in place, and means the same in any mix of old and new sectors.
  * REPAIR-4 A copy is durable before anything points to it, and lies in space that is counted (REPAIR-1).
  * REPAIR-5 The marks "dirty" and "corrupt" go last, when all else is durable.
+ * REPAIR-6 Before what the disk reads as changes, stored bitmaps, which do not record it, are durably IN_USE (P2).
  */
 #include "base/alloc.h"
 #include "base/checked.h"
 #include "base/endian.h"
+#include "formats/qcow2/qcow2-bitmap-dir.h"
 #include "formats/qcow2/qcow2-check-internal.h"
 
 #include <errno.h>
@@ -23,6 +25,15 @@ static int cannot(struct error **err, int r, const char *what)
     if (r == -EINTR)
         return error_set(err, EINTR, "interrupted");
     return r < 0 ? error_set(err, -r, "cannot %s: %s", what, strerror(-r)) : 0;
+}
+
+static int co_fn write_in_pieces(struct check *x, uint64_t offset, const uint8_t *bytes, size_t len)
+{
+    int r = 0;
+
+    for (size_t at = 0; at < len && r == 0; at += CHECK_PIECE)
+        r = check_write_flat(x, offset + at, bytes + at, MIN(len - at, CHECK_PIECE));
+    return r;
 }
 
 /* ---- editing tables ---- */
@@ -190,11 +201,34 @@ static int mend_l2_entry(struct edit *e, const struct check_l2 *table, uint8_t *
     return 1;
 }
 
+/* REPAIR-6 */
+static int co_fn end_bitmaps(struct check *x)
+{
+    size_t len = (size_t)x->h.bitmap_directory_size;
+    uint8_t *directory;
+    int r;
+
+    if (!x->h.has_bitmaps)
+        return 0;
+    directory = try_alloc(len, 1);
+    r = directory ? check_read_flat(x, x->h.bitmap_directory_offset, directory, len) : -ENOMEM;
+    if (r == 0 && qcow2_bitmap_set_in_use(directory, len)) {
+        check_say(x, "Repairing bitmaps: what the disk reads as changes, they can only be removed");
+        r = write_in_pieces(x, x->h.bitmap_directory_offset, directory, len);
+        if (r == 0)
+            r = check_flush(x);
+    }
+    free(directory);
+    return r;
+}
+
 int check_mend_entries(struct check *x, struct error **err)
 {
     struct edit e = {.x = x, .l1 = mend_l1_entry, .l2 = mend_l2_entry};
-    int r = edit_all(&e);
+    int r = end_bitmaps(x);
 
+    if (r == 0)
+        r = edit_all(&e);
     return cannot(err, r == 0 ? check_flush(x) : r, "repair mappings");
 }
 
@@ -408,15 +442,6 @@ static size_t fill_snapshot_table(struct check *x, uint8_t *bytes, uint32_t *ret
         ++*ret_count;
     }
     return len;
-}
-
-static int co_fn write_in_pieces(struct check *x, uint64_t offset, const uint8_t *bytes, size_t len)
-{
-    int r = 0;
-
-    for (size_t at = 0; at < len && r == 0; at += CHECK_PIECE)
-        r = check_write_flat(x, offset + at, bytes + at, MIN(len - at, CHECK_PIECE));
-    return r;
 }
 
 /* Into the first spare clusters; then the header points there, by 12 bytes within one sector. */
