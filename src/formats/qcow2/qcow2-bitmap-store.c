@@ -285,11 +285,11 @@ static int co_fn store_bitmap(struct storing *s, const struct bitmap *bits,
 /* ---- the directory ---- */
 
 static const struct qcow2_bitmap_entry *find_entry(const struct qcow2_bitmap_entry *v,
-                                                   uint32_t count, const char *name)
+                                                   uint32_t first, uint32_t count, const char *name)
 {
     size_t len = strlen(name);
 
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = first; i < count; i++) {
         if (v[i].name_len == len && memcmp(v[i].name, name, len) == 0)
             return &v[i];
     }
@@ -408,8 +408,7 @@ static int co_fn store_all(struct storing *s, const struct qcow2_bitmap_entry *v
     int r = 0;
 
     while (r == 0 && (d = dirty_bitmap_next_persistent(s->q->node, d))) {
-        const struct qcow2_bitmap_entry *old =
-            find_entry(v + next, count - next, dirty_bitmap_name(d));
+        const struct qcow2_bitmap_entry *old = find_entry(v, next, count, dirty_bitmap_name(d));
 
         if (old)
             next = (uint32_t)(old - v) + 1;
@@ -540,7 +539,7 @@ static int co_fn control_fn store_co_remove(struct node *node, struct pass *pass
     }
     list_init(&gone->link);
     if (v)
-        e = find_entry(v, b->count, name);
+        e = find_entry(v, 0, b->count, name);
     if (e)
         r = store_others(&s, v, e);
     if (e && r == 0) {
