@@ -2,9 +2,10 @@
 /*
  * qcow2 images that begin sound and are patched where it hurts. An input is:
  *
- *     byte 0  version and cluster size       3  what the fuzzer does with it
- *          1  refcount width                 4  what else is in the image: enum fuzz_extra
- *          2  how much is allocated          5  how much of the file is cut off
+ *     byte 0  version and cluster size              4  what else is in the image: enum fuzz_extra
+ *          1  refcount width                        5  how much of the file is cut off
+ *          2  how much is allocated                 6  what the header says of it: enum fuzz_mark
+ *          3, 7  what the fuzzer does with it
  *
  * and then patches of 12 bytes: which structure, which place in it (2 bytes), how, what (8 bytes).
  */
@@ -16,17 +17,27 @@
 #include "fuzz-sim.h"
 
 #define FUZZ_IMAGE       "/disk/image"
+#define FUZZ_DATA        "/disk/data"
 #define FUZZ_SIZE        ((uint64_t)256 << 10)
-#define FUZZ_HEAD        6
+#define FUZZ_HEAD        8
 #define FUZZ_PATCH       12
 #define FUZZ_PATCHES_MAX 64
 
 enum fuzz_extra {
-    FUZZ_SNAPSHOT = 1 << 0, /* one, whose L1 table is the active one's copy, uncounted */
-    FUZZ_BITMAP = 1 << 1,   /* one; version 3 */
-    FUZZ_ZSTD = 1 << 2,     /* version 3 */
-    FUZZ_COMPRESSED =
-        1 << 3, /* every other mapping is to compressed bytes, if its host cluster has any */
+    FUZZ_SNAPSHOT = 1 << 0,   /* one, which has what the disk has */
+    FUZZ_BITMAP = 1 << 1,     /* one; version 3 */
+    FUZZ_ZSTD = 1 << 2,       /* version 3 */
+    FUZZ_COMPRESSED = 1 << 3, /* every other mapping is to compressed bytes */
+    FUZZ_DATA_FILE = 1 << 4,  /* version 3 */
+    FUZZ_EXTENDED = 1 << 5,   /* version 3, clusters of 16 KiB at least */
+};
+
+/* Version 3. */
+enum fuzz_mark {
+    FUZZ_DIRTY =
+        1 << 0, /* and what a snapshot shares is not counted, as lazy refcounts may leave it */
+    FUZZ_CORRUPT = 1 << 1,
+    FUZZ_DATA_RAW = 1 << 2,
 };
 
 /* Clusters behind the image: a snapshot table, its L1 table, a bitmap directory, its table, its data. */
@@ -106,7 +117,48 @@ static void fuzz_patch(struct fuzz_image *i, const uint8_t *p)
     }
 }
 
-static void fuzz_put_snapshot(struct fuzz_image *i)
+/* Where there is a block for it. */
+static void fuzz_set_refcount(struct fuzz_image *i, unsigned order, uint64_t n, unsigned value)
+{
+    uint64_t per_block = i->cluster * 8 >> order;
+    uint64_t table = load_be64(i->bytes + 48);
+    unsigned bits = 1u << order;
+    uint8_t *block;
+
+    if (n / per_block >= load_be32(i->bytes + 56) * (i->cluster / 8) || (bits == 1 && value > 1))
+        return;
+    block = i->bytes + load_be64(i->bytes + table + n / per_block * 8);
+    if (block == i->bytes)
+        return;
+    n %= per_block;
+    if (bits >= 8) {
+        block[(n + 1) * (bits / 8) - 1] = (uint8_t)value;
+    } else {
+        unsigned shift = (unsigned)(n * bits % 8);
+
+        block[n * bits / 8] &= (uint8_t) ~(((1u << bits) - 1) << shift);
+        block[n * bits / 8] |= (uint8_t)(value << shift);
+    }
+}
+
+/* All tables and data of the disk are used twice: no mapping says any more that it may be written to. */
+static void fuzz_share(struct fuzz_image *i, const struct qcow2_shape *shape, bool count)
+{
+    uint64_t entry_len = shape->extended ? 16 : 8;
+    uint8_t *l1 = i->bytes + load_be64(i->bytes + 40);
+    uint64_t l2 = load_be64(l1) & 0xfffffffffffe00;
+
+    if (!shape->allocated)
+        return;
+    for (uint32_t n = 0; n < load_be32(i->bytes + 36); n++)
+        l1[n * 8] &= 0x7f;
+    for (uint64_t n = 0; n < shape->allocated; n++)
+        i->bytes[l2 + n * entry_len] &= 0x7f;
+    for (uint64_t n = l2 / i->cluster; count && n < i->extra / i->cluster; n++)
+        fuzz_set_refcount(i, shape->refcount_order, n, 2);
+}
+
+static void fuzz_put_snapshot(struct fuzz_image *i, const struct qcow2_shape *shape, bool count)
 {
     uint8_t *s = i->bytes + i->extra;
     uint32_t l1_size = load_be32(i->bytes + 36);
@@ -121,18 +173,21 @@ static void fuzz_put_snapshot(struct fuzz_image *i)
     store_be64(s + 48, FUZZ_SIZE);
     s[56] = '1';
     s[57] = 's';
+    fuzz_share(i, shape, count);
     memcpy(s + i->cluster, i->bytes + load_be64(i->bytes + 40),
            MIN((size_t)l1_size * 8, (size_t)i->cluster));
+    fuzz_set_refcount(i, shape->refcount_order, i->extra / i->cluster, 1);
+    fuzz_set_refcount(i, shape->refcount_order, i->extra / i->cluster + 1, 1);
 }
 
-/* The extension lies behind the header. */
-static void fuzz_put_bitmap(struct fuzz_image *i)
+/* The extension lies behind the header and the name of the data file. */
+static void fuzz_put_bitmap(struct fuzz_image *i, const struct qcow2_shape *shape)
 {
     uint64_t directory = i->extra + 2 * i->cluster;
-    uint8_t *extension = i->bytes + load_be32(i->bytes + 100);
+    uint8_t *extension = i->bytes + load_be32(i->bytes + 100) + (shape->data_file ? 8 + 8 : 0);
     uint8_t *b = i->bytes + directory;
 
-    store_be64(i->bytes + 88, 1);
+    i->bytes[95] |= 1;
     store_be32(extension, 0x23852875);
     store_be32(extension + 4, 24);
     store_be32(extension + 8, 1);
@@ -146,39 +201,75 @@ static void fuzz_put_bitmap(struct fuzz_image *i)
     store_be16(b + 18, 1);
     b[24] = 'b';
     store_be64(b + i->cluster, directory + 2 * i->cluster);
-    memset(b + 2 * i->cluster, 0x5a, 4);
+    b[2 * i->cluster] = 0x5;
+    for (unsigned n = 2; n < FUZZ_EXTRA_CLUSTERS; n++)
+        fuzz_set_refcount(i, shape->refcount_order, i->extra / i->cluster + n, 1);
 }
 
 /* Stored blocks of deflate: what begins each cluster of data. */
-static void fuzz_put_compressed(struct fuzz_image *i, uint64_t allocated, unsigned cluster_bits)
+static void fuzz_put_compressed(struct fuzz_image *i, const struct qcow2_shape *shape)
 {
-    uint64_t l2 = load_be64(i->bytes + load_be64(i->bytes + 40)) & 0xfffffffffffe00;
+    uint64_t entry_len = shape->extended ? 16 : 8;
+    uint8_t *l2 = i->bytes + (load_be64(i->bytes + load_be64(i->bytes + 40)) & 0xfffffffffffe00);
 
-    for (uint64_t n = 1; n < allocated && n < i->cluster / 8; n += 2) {
-        uint64_t host = load_be64(i->bytes + l2 + n * 8) & 0xfffffffffffe00;
+    for (uint64_t n = 1; n < shape->allocated && n < i->cluster / entry_len; n += 2) {
+        uint8_t *entry = l2 + n * entry_len;
+        uint64_t host = load_be64(entry) & 0xfffffffffffe00;
 
-        store_be64(i->bytes + l2 + n * 8,
-                   (uint64_t)1 << 62 | (n & 1) << (62 - (cluster_bits - 8)) | host | (n & 0x1f));
+        store_be64(entry, (uint64_t)1 << 62 | (n & 1) << (62 - (shape->cluster_bits - 8)) | host |
+                              (n & 0x1f));
+        if (shape->extended)
+            store_be64(entry + 8, 0);
     }
 }
 
-/* Makes it as a file of the disk; false if the input is too short. */
+static void fuzz_shape(struct qcow2_shape *ret, const uint8_t *data)
+{
+    *ret = (struct qcow2_shape){
+        .version = data[0] & 1 ? 2 : 3,
+        .cluster_bits = 9 + (data[0] >> 1 & 7),
+        .refcount_order = 4,
+        .size = FUZZ_SIZE,
+    };
+    ret->allocated = (FUZZ_SIZE >> ret->cluster_bits) * data[2] / 255;
+    if (ret->version == 2)
+        return;
+    ret->refcount_order = data[1] % 7;
+    ret->zstd = data[4] & FUZZ_ZSTD;
+    ret->extended = data[4] & FUZZ_EXTENDED && ret->cluster_bits >= 14;
+    if (data[4] & FUZZ_DATA_FILE) {
+        ret->data_file = "data";
+        ret->data_raw = data[6] & FUZZ_DATA_RAW;
+    }
+}
+
+static void fuzz_put_extras(struct fuzz_image *i, const struct qcow2_shape *shape,
+                            const uint8_t *data)
+{
+    bool dirty = shape->version == 3 && data[6] & FUZZ_DIRTY;
+
+    if (shape->version == 3)
+        i->bytes[79] |= data[6] & (FUZZ_DIRTY | FUZZ_CORRUPT); /* as the format has them */
+    if (data[4] & FUZZ_SNAPSHOT)
+        fuzz_put_snapshot(i, shape, !dirty);
+    if (data[4] & FUZZ_BITMAP && shape->version == 3)
+        fuzz_put_bitmap(i, shape);
+    if (data[4] & FUZZ_COMPRESSED && shape->allocated)
+        fuzz_put_compressed(i, shape);
+}
+
+/* Makes it as a file of the disk, or two; false if the input is too short. */
 static bool fuzz_make_image(struct sim_disk *disk, const uint8_t *data, size_t size)
 {
     struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR};
-    struct qcow2_shape shape = {.refcount_order = 4, .size = FUZZ_SIZE};
+    struct qcow2_shape shape;
     struct fuzz_image i;
     uint8_t *sound;
     size_t len;
 
     if (size < FUZZ_HEAD)
         return false;
-    shape.version = data[0] & 1 ? 2 : 3;
-    shape.cluster_bits = 9 + (data[0] >> 1 & 7);
-    if (shape.version == 3)
-        shape.refcount_order = data[1] % 7;
-    shape.allocated = (FUZZ_SIZE >> shape.cluster_bits) * data[2] / 255;
-    shape.zstd = shape.version == 3 && data[4] & FUZZ_ZSTD;
+    fuzz_shape(&shape, data);
     i.cluster = (uint64_t)1 << shape.cluster_bits;
     sound = qcow2_make(&shape, &len);
     i.extra = len;
@@ -186,18 +277,16 @@ static bool fuzz_make_image(struct sim_disk *disk, const uint8_t *data, size_t s
     i.bytes = xalloc(1, i.len);
     memcpy(i.bytes, sound, len);
     free(sound);
-    if (data[4] & FUZZ_SNAPSHOT)
-        fuzz_put_snapshot(&i);
-    if (data[4] & FUZZ_BITMAP && shape.version == 3)
-        fuzz_put_bitmap(&i);
-    if (data[4] & FUZZ_COMPRESSED && shape.allocated)
-        fuzz_put_compressed(&i, shape.allocated, shape.cluster_bits);
+    fuzz_put_extras(&i, &shape, data);
     for (size_t at = FUZZ_HEAD; at + FUZZ_PATCH <= size && at < FUZZ_PATCHES_MAX * FUZZ_PATCH;
          at += FUZZ_PATCH)
         fuzz_patch(&i, data + at);
     sim_disk_make(disk, FUZZ_IMAGE, &setup);
     sim_disk_write(disk, FUZZ_IMAGE, 0, i.bytes, i.len - i.len * data[5] / 256);
     free(i.bytes);
+    setup.size = FUZZ_SIZE;
+    if (shape.data_file)
+        sim_disk_make(disk, FUZZ_DATA, &setup);
     return true;
 }
 

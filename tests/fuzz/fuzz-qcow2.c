@@ -1,26 +1,34 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Hostile images (P6), to the whole driver under sim: open, reads, writes, zeroes, discards, flush, resize, snapshots, close.
- * Nothing may crash, hang or take memory without bound; errors are welcome.
+ * Hostile images (P6), to the whole driver under sim: open, reads, writes, zeroes, discards, flush, resize, snapshots,
+ * bitmaps, amend, a check beside them, close. Nothing may crash, hang or take memory without bound; errors are welcome.
  *
  * Byte 3 of an input: 1: read-only; 2, 4, 8: a snapshot is made, one is applied, one is deleted; 16: the image is emptied;
- * 32: the snapshot is shown, read-only.
+ * 32: the snapshot is shown, read-only; 64: bitmaps are added, merged, removed; 128: the image is checked while it is used.
+ * Byte 7: 1: overlap-check=all; 2: it becomes one of version 3; 4: refcounts get another width; 8: to version 2, to lazy refcounts.
  */
 #include "base/macros.h"
+#include "bitmaps/dirty-bitmap.h"
 #include "formats/list.h"
+#include "formats/qcow2/qcow2-amend.h"
+#include "formats/qcow2/qcow2-check.h"
 #include "formats/qcow2/qcow2-snapshot.h"
 #include "fuzz-qcow2-image.h"
 #include "graph/backend.h"
 #include "graph/graph.h"
+#include "loop/scope.h"
 #include "protocols/list.h"
 #include "schema-types.h"
 
-#define CHUNK 65536
+#define CHUNK      65536
+#define MEMORY_MAX ((uint64_t)8 << 20)
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 
 struct input {
     uint8_t what;
+    uint8_t how;
+    uint8_t width;
     struct graph *graph;
     struct backend *backend;
     uint8_t data[CHUNK];
@@ -83,6 +91,38 @@ static void co_fn use(struct input *in)
     send_some(in, REQUEST_READ, 0, 30000, CHUNK);
 }
 
+static void co_fn control_fn check_beside(void *arg)
+{
+    static const struct access access = {ACCESS_READ, ACCESS_ALL};
+    AUTO(error_free) struct error *err = NULL;
+    struct qcow2_check_options o = {.memory_max = MEMORY_MAX};
+    struct qcow2_check_result found;
+    struct input *in = arg;
+    struct backend *b;
+
+    if (backend_co_new(&b, in->graph, "top", access, "checker", &err) < 0)
+        abort();
+    if (backend_attach(b) < 0)
+        abort();
+    (void)qcow2_co_check_online(b, &o, &found, &err);
+    (void)backend_co_free(b);
+}
+
+static void co_fn use_checked(struct input *in)
+{
+    struct co_scope checking;
+
+    if (!(in->what & 128)) {
+        use(in);
+        return;
+    }
+    co_scope_init(&checking);
+    if (co_scope_start(&checking, check_beside, in) < 0)
+        abort();
+    use(in);
+    co_scope_join(&checking);
+}
+
 static void co_fn control_fn resize(struct input *in, uint64_t size)
 {
     AUTO(error_free) struct error *err = NULL;
@@ -90,8 +130,59 @@ static void co_fn control_fn resize(struct input *in, uint64_t size)
     (void)graph_co_resize(in->graph, "top", size, &err);
 }
 
+/* One after the other, each whatever became of the ones before. */
+static void co_fn control_fn change_bitmaps(struct input *in)
+{
+    static const struct dirty_bitmap_ref stored = {"top", "b"}, fresh = {"top", "n"};
+
+    enum { ADD, MERGE, CLEAR, ENABLE, REMOVE, STEPS };
+
+    for (int step = ADD; step < STEPS; step++) {
+        AUTO(error_free) struct error *err = NULL;
+        struct dirty_bitmap_action a;
+        struct change change;
+        int r = 0;
+
+        change_init(&change, in->graph, "bitmap");
+        switch (step) {
+        case ADD:
+            r = dirty_bitmap_action_add(&change, &a, fresh, 512, true, &err);
+            a.persistent = true;
+            break;
+        case MERGE:
+            r = dirty_bitmap_action_merge(&change, &a, fresh, &stored, 1, &err);
+            break;
+        case CLEAR:
+            r = dirty_bitmap_action_clear(&change, &a, stored, &err);
+            break;
+        case ENABLE:
+            r = dirty_bitmap_action_enable(&change, &a, stored, false, &err);
+            break;
+        case REMOVE:
+            r = dirty_bitmap_action_remove(&change, &a, stored, &err);
+            break;
+        }
+        if (r == 0)
+            (void)change_co_run(&change, &err);
+        change_end(&change);
+        if (step == MERGE)
+            use(in);
+    }
+}
+
+static int co_fn amend(struct input *in, struct error **err)
+{
+    struct qcow2_amendment a = {.change_lazy = true, .lazy_refcounts = in->how & 8};
+
+    if (in->how & 2)
+        a.version = in->how & 8 ? 2 : 3;
+    if (in->how & 4)
+        a.refcount_bits = 1u << (in->width / 7 % 7);
+    return qcow2_co_amend(in->backend, &a, err);
+}
+
 /* After a failure the image may have to be opened anew. */
-static void co_fn control_fn change_snapshots(struct input *in)
+static void co_fn control_fn change_image(struct input *in)
 {
     static const struct qcow2_snapshot_new fresh = {.name = "new"};
     AUTO(error_free) struct error *err = NULL;
@@ -108,7 +199,9 @@ static void co_fn control_fn change_snapshots(struct input *in)
         r = qcow2_co_snapshot_delete(in->backend, "s", &err);
     if (r == 0 && in->what & 16)
         r = qcow2_co_empty(in->backend, &err);
-    if (r == 0 && in->what & 30)
+    if (r == 0 && in->how & (2 | 4))
+        r = amend(in, &err);
+    if (r == 0 && (in->what & 30 || in->how & (2 | 4)))
         use(in);
 }
 
@@ -118,6 +211,8 @@ static int co_fn control_fn add_disk(struct input *in, struct error **err)
     struct node_ref below = {.kind = NODE_REF_DEFINITION};
     struct node_ref_or_null none = {.kind = NODE_REF_OR_NULL_NULL};
     struct qcow2_snapshot_ref snapshot = {.kind = QCOW2_SNAPSHOT_REF_ANY};
+    struct qcow2_overlap_checks checks = {.kind = QCOW2_OVERLAP_CHECKS_MODE,
+                                          .mode = QCOW2_OVERLAP_CHECK_MODE_ALL};
     struct node_options disk = {
         .driver = NODE_DRIVER_QCOW2,
         .node_name = (char *)(uintptr_t) "top",
@@ -134,6 +229,8 @@ static int co_fn control_fn add_disk(struct input *in, struct error **err)
     snapshot.any = (char *)(uintptr_t) "1";
     if (in->what & 32)
         disk.u.qcow2.snapshot = &snapshot;
+    if (in->how & 1)
+        disk.u.qcow2.overlap_check = &checks;
     disk.u.qcow2.l2_cache_size = 1 << 20;
     return graph_co_add(in->graph, &disk, err);
 }
@@ -150,12 +247,14 @@ static void co_fn control_fn run_input(void *arg)
         backend_co_new(&in->backend, in->graph, "top", access, "fuzzer", &err) == 0) {
         if (backend_attach(in->backend) < 0)
             abort();
-        use(in);
+        use_checked(in);
         if (!is_read_only(in)) {
+            if (in->what & 64)
+                change_bitmaps(in);
             resize(in, FUZZ_SIZE / 2);
             resize(in, FUZZ_SIZE * 2);
             send_some(in, REQUEST_WRITE, 0, FUZZ_SIZE + 5000, 9000);
-            change_snapshots(in);
+            change_image(in);
         }
         in->backend = backend_co_free(in->backend);
     }
@@ -171,7 +270,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         sim_disk_free(disk);
         return 0;
     }
-    in = (struct input){.what = data[3]};
+    in = (struct input){.what = data[3], .how = data[7], .width = data[1]};
     fuzz_run(disk, run_input, &in);
     return 0;
 }
