@@ -54,7 +54,7 @@ struct found {
     struct edge *via; /* the edge to the layer; NULL: it is the top */
     uint64_t len;
     uint64_t host_offset; /* FOUND_DATA, FOUND_ENCODED */
-    struct edge *host;    /* FOUND_DATA */
+    struct edge *host;    /* FOUND_DATA, and zeroes that a layer says, or NULL */
     bool holes;           /* FOUND_DATA */
     bool said;            /* FOUND_ZERO: by the layer, not for want of one */
 
@@ -441,17 +441,16 @@ int chain_co_extents(struct node *top, struct request *req)
     if (f.kind == FOUND_PLAIN)
         return add_plain(top, &f, req);
     e.len = f.len;
-    e.flags = f.kind == FOUND_DATA      ? EXTENT_DATA | EXTENT_OFFSET_VALID
-              : f.kind == FOUND_ENCODED ? EXTENT_DATA
-                                        : EXTENT_ZERO;
+    e.flags = f.kind == FOUND_ZERO ? EXTENT_ZERO : EXTENT_DATA;
     if (f.layer == top && (f.kind != FOUND_ZERO || f.said))
         e.flags |= EXTENT_ALLOCATED;
     else if (req->extents->layers && (f.kind != FOUND_ZERO || f.said))
         e.below = links_to(top, f.layer);
-    if (f.kind == FOUND_DATA) {
+    if (f.kind == FOUND_DATA || (f.kind == FOUND_ZERO && f.said && f.host)) {
+        e.flags |= EXTENT_OFFSET_VALID;
         e.host = f.host->node;
         e.host_offset = f.host_offset;
-        r = f.holes ? look_for_holes(&f, req, &e) : 0;
+        r = f.kind == FOUND_DATA && f.holes ? look_for_holes(&f, req, &e) : 0;
     }
     if (r < 0)
         return r;

@@ -37,7 +37,7 @@ struct mapping {
     enum mapping_kind kind;
     uint64_t len;         /* bytes that the answer holds for; > 0 */
     uint64_t host_offset; /* MAPPING_ENCODED: what co_read_encoded wants to know */
-    struct edge *host;    /* MAPPING_DATA */
+    struct edge *host;    /* MAPPING_DATA; MAPPING_ZERO: NULL, or there is room for them */
     bool holes;           /* MAPPING_DATA: the child may have holes there, to be told as zeroes */
 };
 

@@ -9,10 +9,12 @@
 struct node;
 
 enum extent_flags {
-    EXTENT_DATA = 1 << 0,         /* reads come from stored data */
-    EXTENT_ZERO = 1 << 1,         /* reads as zeroes */
-    EXTENT_ALLOCATED = 1 << 2,    /* the answer comes from this node, not from below it */
-    EXTENT_OFFSET_VALID = 1 << 3, /* host and host_offset say where the bytes lie, as they are */
+    EXTENT_DATA = 1 << 0,      /* reads come from stored data */
+    EXTENT_ZERO = 1 << 1,      /* reads as zeroes */
+    EXTENT_ALLOCATED = 1 << 2, /* the answer comes from this node, not from below it */
+    EXTENT_OFFSET_VALID =
+        1
+        << 3, /* host and host_offset say where the bytes lie, as they are; of zeroes, where there is room for them */
 };
 
 struct extent {

@@ -72,9 +72,15 @@ static uint64_t cluster_of(const struct damaged *d)
     return (uint64_t)1 << d->shape.cluster_bits;
 }
 
+/* Of an L2 table. */
+static uint64_t entry_len_of(const struct damaged *d)
+{
+    return d->shape.extended ? 16 : 8;
+}
+
 static void touch_table(struct damaged *d, uint64_t table)
 {
-    uint64_t entries = cluster_of(d) / 8;
+    uint64_t entries = cluster_of(d) / entry_len_of(d);
 
     for (uint64_t g = table * entries; g < (table + 1) * entries && g < GUEST; g++)
         d->touched[g] = true;
@@ -88,7 +94,8 @@ static void harm(struct damaged *d, struct prng *prng)
     uint64_t l1 = load_be64(d->bytes + 40);
     uint64_t table = load_be64(d->bytes + 48);
     uint64_t index = prng_below(prng, 6);
-    uint64_t l2_table = prng_below(prng, div_up(GUEST, cluster / 8));
+    uint64_t entries = cluster / entry_len_of(d);
+    uint64_t l2_table = prng_below(prng, div_up(GUEST, entries));
     uint64_t l2 = load_be64(d->bytes + l1 + 8 * l2_table) & 0xfffffffffffe00;
     uint64_t at = table + 8 * index;
     uint64_t value;
@@ -102,10 +109,12 @@ static void harm(struct damaged *d, struct prng *prng)
     case 2:
         if (l2 == 0 || l2 % cluster || l2 + cluster > d->len)
             return;
-        index = prng_below(prng, MIN(cluster / 8, (uint64_t)GUEST));
-        at = l2 + 8 * index;
-        if (l2_table * (cluster / 8) + index < GUEST)
-            d->touched[l2_table * (cluster / 8) + index] = true;
+        index = prng_below(prng, MIN(entries, (uint64_t)GUEST));
+        at = l2 + entry_len_of(d) * index;
+        if (d->shape.extended && prng_chance(prng, 400))
+            at += 8; /* the subclusters */
+        if (l2_table * entries + index < GUEST)
+            d->touched[l2_table * entries + index] = true;
         break;
     case 3: /* refcounts */
         at = load_be64(d->bytes + table) & ~(uint64_t)0x1ff;
@@ -153,8 +162,7 @@ static bool damaged_init(struct damaged *d, uint64_t seed)
 
     *d = (struct damaged){.seed = seed, .how = QCOW2_REPAIR_ALL, .memory_max = 1 << 24};
     qcow2_shape_random(&d->shape, &prng, 0);
-    if (d->shape.cluster_bits > 12)
-        d->shape.cluster_bits = 12;
+    d->shape.cluster_bits = MIN(d->shape.cluster_bits, d->shape.extended ? 14 : 12);
     d->shape.size = GUEST << d->shape.cluster_bits;
     d->shape.allocated = GUEST;
     d->by_open = prng_chance(&prng, 300);
@@ -165,7 +173,7 @@ static bool damaged_init(struct damaged *d, uint64_t seed)
     for (uint64_t i = 1 + prng_below(&prng, HARMS); i > 0; i--)
         harm(d, &prng);
     if (d->shape.version == 3 && prng_chance(&prng, 500))
-        d->bytes[79] = 1; /* dirty */
+        d->bytes[79] |= 1; /* dirty */
     f = qcow2_file_in_memory(d->bytes, d->len);
     return qcow2_check(&f, &d->before) == 0;
 }

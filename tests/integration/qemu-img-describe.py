@@ -18,6 +18,8 @@ CREATED = [
     ("qcow2", "preallocation=full", "1M"),
     ("qcow2", "preallocation=falloc,cluster_size=2M", "5M"),
     ("qcow2", "cluster_size=2M,refcount_bits=64", "1P"),
+    ("qcow2", "extended_l2=on,cluster_size=128k", "100M"),
+    ("qcow2", "extended_l2=on,preallocation=metadata", "10M"),
     ("qcow2", "data_file=d.data", "3M"),
     ("qcow2", "data_file=d.data,data_file_raw=on,cluster_size=4k", "1000k"),
     ("qcow2", "data_file=d.data,preallocation=full", "2M"),
@@ -147,6 +149,7 @@ def test_short_backing_files_are_mapped_the_same(tools):
     ["-O", "qcow2", "base.qcow2"], ["-O", "qcow2", "top.qcow2"], ["-O", "raw", "top.qcow2"], ["-O", "qcow2", "top.raw"],
     ["--size", "1G", "-O", "qcow2"], ["--size", "8T", "-O", "qcow2"], ["--size", "1000", "-O", "raw"], ["--size", "0", "-O", "qcow2"],
     ["--size", "1G", "-O", "qcow2", "-o", "cluster_size=4k,preallocation=metadata,refcount_bits=1"],
+    ["--size", "100G", "-O", "qcow2", "-o", "cluster_size=64k,extended_l2=on"],
     ["--size", "1G", "-O", "qcow2", "-o", "cluster_size=2M"], ["-O", "qcow2", "-o", "preallocation=full", "top.qcow2"],
     ["-O", "qcow2", "-o", "backing_file=base.qcow2,backing_fmt=qcow2", "top.qcow2"], [], ["--size", "1M", "base.qcow2"],
 ])

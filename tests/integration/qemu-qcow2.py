@@ -35,6 +35,10 @@ SHAPES = [
     "cluster_size=64k,compat=0.10,preallocation=full",
     "cluster_size=64k,lazy_refcounts=on",
     "cluster_size=2M,refcount_bits=8",
+    "cluster_size=16k,extended_l2=on",
+    "cluster_size=128k,extended_l2=on,refcount_bits=1",
+    "cluster_size=32k,extended_l2=on,data_file=@",
+    "cluster_size=64k,extended_l2=on,preallocation=metadata",
     "cluster_size=64k,data_file=@",
     "cluster_size=512,data_file=@",
     "cluster_size=4k,data_file=@,data_file_raw=on",
@@ -197,7 +201,8 @@ def test_in_turns_on_a_chain(daemon, tmp_path, seed):
     images = [create(tmp_path / "0.qcow2", rng.choice(SHAPES), rng.choice([SIZE, SIZE // 2 + 512]))]
     they_write(images[0], rng, size=SIZE // 2)
     for i in range(1, 4):
-        images.append(over(tmp_path / f"{i}.qcow2", images[-1], rng.choice(["cluster_size=512", "cluster_size=4k", "cluster_size=64k", "cluster_size=64k,compat=0.10"])))
+        images.append(over(tmp_path / f"{i}.qcow2", images[-1], rng.choice(["cluster_size=512", "cluster_size=4k", "cluster_size=64k", "cluster_size=64k,compat=0.10",
+                                                                               "cluster_size=64k,extended_l2=on", "cluster_size=64k,data_file=@,extended_l2=on"])))
         they_write(images[-1], rng, 15)
     below = [path.read_bytes() for path in images[:-1]]
     top, *backing = reversed(images)
@@ -393,7 +398,6 @@ def with_snapshot(path):
 REFUSED = {
     "encrypted": (peer_creates_encrypted, "encrypt"),
     "data-file-is-gone": (with_data_file, "data-file"),
-    "extended-l2": (of("extended_l2=on"), "extended"),
     "corrupt": (marked(72, "Q", 2), "corrupt"),
     "unknown": (with_unknown_feature, "time travel"),
     "unknown-without-name": (marked(72, "Q", 1 << 62), "62"),

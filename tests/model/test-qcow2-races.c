@@ -46,7 +46,7 @@ struct actor {
     struct prng prng;
 };
 
-static void race_write(struct race *r, uint64_t first, uint64_t count)
+static void race_write(struct race *r, uint64_t first, uint64_t count, unsigned flags)
 {
     uint64_t value = log_new_value(&r->log);
     uint8_t *data = xalloc(count, LOG_SECTOR);
@@ -56,7 +56,8 @@ static void race_write(struct race *r, uint64_t first, uint64_t count)
     for (uint64_t i = 0; i < count; i++)
         log_fill(data + i * LOG_SECTOR, first + i, value);
     op = log_begin(&r->log, first, count, value, false);
-    result = write_at(r->backend, first * LOG_SECTOR, count * LOG_SECTOR, data);
+    result = send_request(r->backend, REQUEST_WRITE, flags, first * LOG_SECTOR, count * LOG_SECTOR,
+                          data);
     check(result == 0 || r->fails);
     log_end(&r->log, op, false, result < 0);
     free(data);
@@ -72,6 +73,14 @@ static void race_read(struct race *r, uint64_t first, uint64_t count)
     if (result == 0 && !r->drops)
         log_check_read(&r->log, first, count, data, start);
     free(data);
+}
+
+/* The whole cluster, if there can be such. */
+static void race_compress(struct race *r, uint64_t first, uint64_t per_cluster)
+{
+    first -= first % per_cluster;
+    race_write(r, first, MIN(per_cluster, SECTORS - first),
+               r->shape.data_file ? 0 : REQUEST_COMPRESSED);
 }
 
 static void race_clear(struct race *r, enum request_kind kind, unsigned flags, uint64_t first,
@@ -103,7 +112,9 @@ static void race_once(struct actor *a)
     uint64_t first = prng_below(&a->prng, within);
     uint64_t count = 1 + prng_below(&a->prng, 2 * per_cluster);
 
-    if (prng_chance(&a->prng, 600)) {
+    if (r->shape.extended && prng_chance(&a->prng, 600)) {
+        count = 1 + prng_below(&a->prng, 4);
+    } else if (prng_chance(&a->prng, 600)) {
         first -= first % per_cluster;
         count = per_cluster;
     }
@@ -130,8 +141,11 @@ static void race_once(struct actor *a)
     case 8:
         race_read(r, first, count);
         break;
+    case 9:
+        race_compress(r, first, per_cluster);
+        break;
     default:
-        race_write(r, first, count);
+        race_write(r, first, count, 0);
         break;
     }
 }
@@ -219,6 +233,10 @@ static void race_init(struct race *r, uint64_t seed, struct sim_disk *disk, cons
         .refcount_order = 4,
         .size = SECTORS * LOG_SECTOR,
     };
+    if (r->shape.version == 3 && prng_chance(&prng, 400)) {
+        r->shape.extended = true;
+        r->shape.cluster_bits = 14; /* a subcluster is a sector */
+    }
     r->has_base = prng_chance(&prng, 500);
     r->narrow = (unsigned)MIN(SECTORS, (2 + prng_below(&prng, 6)) << (r->shape.cluster_bits - 9));
     (void)snprintf(r->top, sizeof(r->top), "%s/" TOP, dir);

@@ -205,6 +205,7 @@ static void test_qcow2_snapshots__what_fails_says_what_is(void **state)
         a = (struct attempt){.op = (enum model_op)(seed / 5 % MODEL_OPS)};
         model_begin(&a.m, seed);
         a.m.shape.cluster_bits = 12;
+        a.m.shape.extended = false;
         a.m.shape.refcount_order = 4;
         sim_disk_free(a.m.disk);
         a.m.disk = sim_disk_new();

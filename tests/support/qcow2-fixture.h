@@ -35,6 +35,10 @@ static inline void qcow2_shape_random(struct qcow2_shape *s, struct prng *prng, 
     };
     if (s->version == 3 && prng_chance(prng, 600))
         s->refcount_order = (unsigned)prng_below(prng, 7);
+    if (s->version == 3 && prng_chance(prng, 250)) {
+        s->extended = true;
+        s->cluster_bits = MAX(s->cluster_bits, 14);
+    }
 }
 
 /* Or with an external data file, of this name beside it; not every image can have one. */

@@ -791,10 +791,6 @@ static void test_qcow2_header__what_is_not_done_yet_is_refused_by_name(void **st
     struct image *image;
 
     (void)state;
-    image = image_incompatible(QCOW2_INCOMPATIBLE_EXTENDED_L2);
-    put(image, QCOW2_OFFSET_L1_SIZE, 4, 4);
-    never_supported(image, "node 'x': the image has extended L2 entries (subclusters), which are "
-                           "not supported");
     image = image_incompatible(QCOW2_INCOMPATIBLE_COMPRESSION_TYPE);
     put(image, QCOW2_OFFSET_COMPRESSION_TYPE, 1, 200);
     never_supported(image, "node 'x': the image's compression type is 200, only 0 (zlib) and 1 "

@@ -120,8 +120,7 @@ static int only_off(const char *key, const char *text, struct error **err)
 
 static int set_extended_l2(struct create_options *o, const char *text, struct error **err)
 {
-    (void)o;
-    return only_off("extended_l2", text, err);
+    return tool_read_bool("extended_l2", text, &o->extended_l2, err);
 }
 
 static int set_encryption(struct create_options *o, const char *text, struct error **err)
@@ -176,6 +175,7 @@ static const struct known_option known[] = {
     {"data_file", set_data_file, "<str>        - File name of an external data file", false},
     {"data_file_raw", set_data_file_raw,
      "<bool (on/off)> - The external data file must stay valid as a raw image", false},
+    {"extended_l2", set_extended_l2, "<bool (on/off)> - Extended L2 tables", false},
     {"lazy_refcounts", set_lazy_refcounts, "<bool (on/off)> - Postpone refcount updates", false},
     {"preallocation", set_preallocation,
      "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)", true},
@@ -183,7 +183,6 @@ static const struct known_option known[] = {
      false},
     {"size", set_size, "<size>            - Virtual disk size", true},
     /* What can only be off, or is refused; it is not shown. */
-    {"extended_l2", set_extended_l2, NULL, false},
     {"encryption", set_encryption, NULL, false},
     {"extent_size_hint", refuse, NULL, true},
     {"nocow", refuse, NULL, true},
@@ -331,6 +330,7 @@ int create_options_layout(const struct create_options *o, struct qcow2_layout *r
         .compression_type = o->compression_type,
         .data_file = o->data_file,
         .data_file_raw = o->data_file_raw,
+        .extended_l2 = o->extended_l2,
     };
 
     int r = create_options_luks_len(o, &q.luks_len, err);
@@ -363,7 +363,8 @@ void create_options_print(const struct create_options *o, const char *filename)
         return;
     }
     encryption_print(&o->encryption, "encrypt.");
-    printf(" cluster_size=%" PRIu64 " extended_l2=off", o->cluster_size);
+    printf(" cluster_size=%" PRIu64 " extended_l2=%s", o->cluster_size,
+           o->extended_l2 ? "on" : "off");
     print_escaped("preallocation", o->preallocation_text);
     printf(" compression_type=%s size=%" PRIu64,
            o->compression_type == QCOW2_COMPRESSION_ZSTD ? "zstd" : "zlib", o->size);

@@ -35,6 +35,7 @@ struct create_options {
     enum qcow2_compression compression_type;
     char *data_file; /* NULL: none */
     bool data_file_raw;
+    bool extended_l2;
 };
 
 /* -EINVAL for a format that cannot be made. */

@@ -255,7 +255,8 @@ static int is_zero_entry(struct snap *s, uint64_t entry, uint64_t *ret_host)
 {
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
 
-    if (qcow2_entry_kind(s->q, 0, entry, &kind, ret_host) < 0) /* it has no data file */
+    /* It has no data file, and no subclusters. */
+    if (qcow2_entry_kind(s->q, 0, (struct qcow2_l2){entry, 0}, 0, &kind, ret_host) < 0)
         return snap_damaged(s, "an L2 entry points to", entry & QCOW2_L2_OFFSET_MASK);
     return kind == QCOW2_ENTRY_ZERO;
 }

@@ -129,6 +129,12 @@ static inline bool check_has_data_file(const struct check *x)
     return x->h.incompatible & QCOW2_INCOMPATIBLE_DATA_FILE;
 }
 
+/* Of standard clusters. */
+static inline uint64_t check_l2_reserved(const struct check *x)
+{
+    return QCOW2_L2_RESERVED_MASK | (check_has_extended_l2(x) ? QCOW2_L2_ZERO : 0);
+}
+
 /* ---- qcow2-check.c ---- */
 
 void check_say(struct check *x, const char *fmt, ...) PRINTF_LIKE(2, 3);

@@ -300,9 +300,11 @@ static int look_at_compressed(struct l2_look *l, uint64_t entry, uint64_t bitmap
 }
 
 /* What the second half of an extended entry says of the subclusters. */
-static void look_at_subclusters(struct check *x, uint64_t offset, uint64_t bitmap)
+static void look_at_subclusters(struct check *x, uint64_t entry, uint64_t bitmap)
 {
+    uint64_t offset = entry & QCOW2_L2_OFFSET_MASK;
     uint64_t allocated = bitmap & UINT32_MAX;
+    bool placed = offset || (check_has_data_file(x) && entry & QCOW2_COPIED);
 
     if (allocated & bitmap >> 32) {
         x->bad_entries++;
@@ -310,7 +312,7 @@ static void look_at_subclusters(struct check *x, uint64_t offset, uint64_t bitma
                     "ERROR offset=%" PRIx64
                     ": Allocated cluster has corrupted subcluster allocation bitmap",
                     offset);
-    } else if (allocated && offset == 0 && !check_has_data_file(x)) {
+    } else if (allocated && !placed) {
         x->bad_entries++;
         check_found(x,
                     "ERROR: Unallocated cluster has corrupted subcluster allocation bitmap: "
@@ -378,12 +380,12 @@ static int look_at_entry(struct l2_look *l, uint64_t entry, uint64_t bitmap)
 
     if (entry & QCOW2_L2_COMPRESSED)
         return look_at_compressed(l, entry, bitmap);
-    if (entry & QCOW2_L2_RESERVED_MASK) {
+    if (entry & check_l2_reserved(x)) {
         x->bad_entries++;
         check_found(x, "ERROR found l2 entry with reserved bits set: %" PRIx64, entry);
     }
     if (check_has_extended_l2(x))
-        look_at_subclusters(x, offset, bitmap);
+        look_at_subclusters(x, entry, bitmap);
     if (offset == 0 && !(check_has_data_file(x) && (entry & QCOW2_COPIED)))
         return 0;
     return look_at_cluster(l, entry, offset, zero);

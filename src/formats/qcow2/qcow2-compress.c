@@ -264,7 +264,8 @@ static int co_fn store(struct qcow2 *q, const struct request *req, uint64_t clus
         r = qcow2_write_meta(q, req, host, b, 0, len);
     if (r == 0) {
         sectors = (host + len - 1) / QCOW2_COMPRESSED_SECTOR - host / QCOW2_COMPRESSED_SECTOR;
-        r = qcow2_replace(q, s, cluster, QCOW2_L2_COMPRESSED | sectors << bits | host);
+        r = qcow2_replace(q, s, cluster,
+                          (struct qcow2_l2){QCOW2_L2_COMPRESSED | sectors << bits | host, 0});
     }
     if (s)
         qcow2_slice_unpin(q, s);

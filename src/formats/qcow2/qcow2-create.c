@@ -79,6 +79,8 @@ static size_t qcow2_header_put_v3(const struct qcow2_layout *l, uint8_t *at)
         incompatible |= QCOW2_INCOMPATIBLE_COMPRESSION_TYPE;
     if (l->data_file)
         incompatible |= QCOW2_INCOMPATIBLE_DATA_FILE;
+    if (l->extended_l2)
+        incompatible |= QCOW2_INCOMPATIBLE_EXTENDED_L2;
     store_be64(at + QCOW2_OFFSET_INCOMPATIBLE, incompatible);
     store_be64(at + QCOW2_OFFSET_COMPATIBLE,
                l->lazy_refcounts ? QCOW2_COMPATIBLE_LAZY_REFCOUNTS : 0);
@@ -167,7 +169,7 @@ static int qcow2_create_check_backing(const struct qcow2_create_options *o, stru
     if (strlen(o->backing_format) > QCOW2_BACKING_FORMAT_MAX)
         return error_set(err, EINVAL, "the backing format name has %zu bytes, expected %d at most",
                          strlen(o->backing_format), QCOW2_BACKING_FORMAT_MAX);
-    if (o->preallocate_metadata)
+    if (o->preallocate_metadata && !o->extended_l2)
         return error_set(err, ENOTSUP,
                          "preallocation would hide backing file '%s': give one of them only",
                          o->backing_file);
@@ -217,6 +219,11 @@ static int qcow2_create_check(const struct qcow2_create_options *o, struct error
     if (o->size > NODE_SIZE_MAX)
         return error_set(err, EINVAL, "size is %" PRIu64 " bytes, expected %" PRIu64 " at most",
                          o->size, (uint64_t)NODE_SIZE_MAX);
+    if (o->extended_l2 && (o->version < 3 || o->cluster_bits < QCOW2_CLUSTER_BITS_EXTENDED_L2_MIN))
+        return error_set(
+            err, EINVAL,
+            "extended L2 entries need qcow2 version 3 and clusters of %d bytes at least",
+            1 << QCOW2_CLUSTER_BITS_EXTENDED_L2_MIN);
     r = qcow2_create_check_data_file(o, err);
     return r < 0 ? r : qcow2_create_check_backing(o, err);
 }
@@ -245,6 +252,11 @@ static void qcow2_layout_add(struct qcow2_layout *l, uint64_t offset, uint64_t l
         l->segments[l->segment_count++] = (struct qcow2_segment){offset, len};
 }
 
+static uint64_t qcow2_layout_l2_entry(const struct qcow2_layout *l)
+{
+    return l->extended_l2 ? QCOW2_L2_EXTENDED_ENTRY_LEN : QCOW2_ENTRY_LEN;
+}
+
 /* Gives each area its place, and says where there is something to write. */
 static void qcow2_layout_place(struct qcow2_layout *l, size_t header_len)
 {
@@ -268,7 +280,7 @@ static void qcow2_layout_place(struct qcow2_layout *l, size_t header_len)
     qcow2_layout_add(l, l->refcount_blocks_offset,
                      qcow2_div_up((l->file_size >> bits) << l->refcount_order, 8));
     qcow2_layout_add(l, l->l1_offset, l->l2_tables * QCOW2_ENTRY_LEN);
-    qcow2_layout_add(l, l->l2_offset, l->mapped_clusters * QCOW2_ENTRY_LEN);
+    qcow2_layout_add(l, l->l2_offset, l->mapped_clusters * qcow2_layout_l2_entry(l));
 }
 
 /* The tables' sizes, within the limits. */
@@ -277,13 +289,14 @@ static int qcow2_layout_count(struct qcow2_layout *l, bool preallocate, struct e
     unsigned bits = l->cluster_bits;
     uint64_t cluster_size = (uint64_t)1 << bits;
 
-    l->l1_size = qcow2_l1_entries_needed(l->size, bits, false);
+    l->l1_size = qcow2_l1_entries_needed(l->size, bits, l->extended_l2);
     if (l->l1_size > QCOW2_L1_BYTES_MAX / QCOW2_ENTRY_LEN)
         return error_set(err, EINVAL,
                          "a disk of %" PRIu64 " bytes is too large for clusters of %" PRIu64
                          " bytes, with which it has %" PRIu64 " bytes at most",
                          l->size, cluster_size,
-                         (QCOW2_L1_BYTES_MAX / QCOW2_ENTRY_LEN) << (2 * bits - 3));
+                         (QCOW2_L1_BYTES_MAX / QCOW2_ENTRY_LEN)
+                             << (2 * bits - (l->extended_l2 ? 4 : 3)));
     if (preallocate) {
         l->l2_tables = l->l1_size;
         l->mapped_clusters = qcow2_div_up(l->size, cluster_size);
@@ -342,6 +355,7 @@ int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_l
         .backing_format = options->backing_format,
         .data_file = options->data_file,
         .data_file_raw = options->data_file_raw,
+        .extended_l2 = options->extended_l2,
     };
     header_len = qcow2_header_fit(&l, head, &head_len);
     if (header_len > cluster_size)
@@ -361,23 +375,33 @@ int qcow2_layout_make(const struct qcow2_create_options *options, struct qcow2_l
 
 /* --- The content --- */
 
-/* Entry `index` of a table of 8-byte entries is target + index * step, as far as there are `count` of them; then 0. */
+/* Entry `index` of a table is target + index * step, as far as there are `count` of them; then 0. Some have a second word. */
 struct qcow2_table_content {
     uint64_t count;
     uint64_t target;
     uint64_t step;
+    bool extended;
+    uint64_t second;
 };
+
+static uint64_t qcow2_table_word(const struct qcow2_table_content *t, uint64_t word)
+{
+    uint64_t index = t->extended ? word / 2 : word;
+
+    if (index >= t->count)
+        return 0;
+    return t->extended && word % 2 ? t->second : t->target + index * t->step;
+}
 
 static void qcow2_table_fill(const struct qcow2_table_content *t, uint64_t at, uint8_t *buf,
                              size_t len)
 {
     while (len > 0) {
-        uint64_t index = at / QCOW2_ENTRY_LEN;
         size_t within = at % QCOW2_ENTRY_LEN;
         size_t n = MIN(len, QCOW2_ENTRY_LEN - within);
         uint8_t entry[QCOW2_ENTRY_LEN];
 
-        store_be64(entry, index < t->count ? t->target + index * t->step : 0);
+        store_be64(entry, qcow2_table_word(t, at / QCOW2_ENTRY_LEN));
         memcpy(buf, entry + within, n);
         at += n;
         buf += n;
@@ -432,7 +456,15 @@ static bool qcow2_cut(uint64_t offset, size_t len, uint64_t area, uint64_t area_
 /* What nobody has written decrypts to anything: it is said to be zeroes (WRITE-4). */
 static uint64_t qcow2_data_flags(const struct qcow2_layout *l)
 {
-    return QCOW2_COPIED | (l->luks_len ? QCOW2_L2_ZERO : 0);
+    return QCOW2_COPIED | (l->luks_len && !l->extended_l2 ? QCOW2_L2_ZERO : 0);
+}
+
+/* Through clusters without data or zeroes a backing file is seen. */
+static uint64_t qcow2_data_bits(const struct qcow2_layout *l)
+{
+    if (l->backing_file)
+        return 0;
+    return l->luks_len ? UINT64_C(0xffffffff00000000) : UINT32_MAX; /* as above */
 }
 
 void qcow2_layout_read(const struct qcow2_layout *layout, uint64_t offset, void *buf, size_t len)
@@ -445,11 +477,26 @@ void qcow2_layout_read(const struct qcow2_layout *layout, uint64_t offset, void 
         uint64_t offset;
         struct qcow2_table_content content;
     } tables[] = {
-        {l->refcount_table_offset, {l->refcount_blocks, l->refcount_blocks_offset, cluster_size}},
-        {l->l1_offset, {l->l2_tables, l->l2_offset | QCOW2_COPIED, cluster_size}},
-        {l->l2_offset,
-         {l->mapped_clusters, (l->data_file ? 0 : l->data_offset) | qcow2_data_flags(l),
-          cluster_size}},
+        {
+            .offset = l->refcount_table_offset,
+            .content = {.count = l->refcount_blocks,
+                        .target = l->refcount_blocks_offset,
+                        .step = cluster_size},
+        },
+        {
+            .offset = l->l1_offset,
+            .content = {.count = l->l2_tables,
+                        .target = l->l2_offset | QCOW2_COPIED,
+                        .step = cluster_size},
+        },
+        {
+            .offset = l->l2_offset,
+            .content = {.count = l->mapped_clusters,
+                        .target = (l->data_file ? 0 : l->data_offset) | qcow2_data_flags(l),
+                        .step = cluster_size,
+                        .extended = l->extended_l2,
+                        .second = qcow2_data_bits(l)},
+        },
     };
 
     uint8_t *bytes = buf;
@@ -460,8 +507,11 @@ void qcow2_layout_read(const struct qcow2_layout *layout, uint64_t offset, void 
     if (qcow2_cut(offset, len, 0, cluster_size, &start, &n))
         qcow2_header_cluster_fill(l, start, bytes + (start - offset), n);
     for (unsigned i = 0; i < ARRAY_SIZE(tables); i++) {
-        if (qcow2_cut(offset, len, tables[i].offset, tables[i].content.count * QCOW2_ENTRY_LEN,
-                      &start, &n))
+        uint64_t entry_len =
+            tables[i].content.extended ? qcow2_layout_l2_entry(l) : QCOW2_ENTRY_LEN;
+
+        if (qcow2_cut(offset, len, tables[i].offset, tables[i].content.count * entry_len, &start,
+                      &n))
             qcow2_table_fill(&tables[i].content, start - tables[i].offset, bytes + (start - offset),
                              n);
     }

@@ -29,6 +29,8 @@ struct qcow2_create_options {
         *data_file;     /* where guest clusters lie; NULL: in the image itself; since version 3 */
     bool data_file_raw; /* it holds what the disk shows: all of it is mapped */
     uint64_t luks_len;  /* bytes that a LUKS header takes; 0: the disk is not encrypted */
+    bool
+        extended_l2; /* clusters have subclusters; since version 3, with clusters of 16 KiB at least */
 };
 
 #define QCOW2_CREATE_OPTIONS_INIT                                                                  \
@@ -58,6 +60,7 @@ struct qcow2_layout {
     bool lazy_refcounts;
     enum qcow2_compression compression_type;
     bool data_file_raw;
+    bool extended_l2;
     uint64_t refcount_table_offset;
     uint64_t refcount_table_clusters;
     uint64_t refcount_blocks_offset;

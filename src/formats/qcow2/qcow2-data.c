@@ -86,12 +86,12 @@ int qcow2_sync_data(struct qcow2 *q, const struct request *by)
     return qcow2_has_data_file(q) ? qcow2_sync_edge(q, q->data, by) : 0;
 }
 
-/* The place of guest clusters that nobody points to any more is given back to the host; it stays theirs. */
-int qcow2_data_discard(struct qcow2 *q, const struct request *by, uint64_t first, uint64_t count)
+int qcow2_data_discard(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                       uint64_t len)
 {
-    uint64_t from = first << q->cluster_bits;
-    uint64_t end = MIN(from + (count << q->cluster_bits), data_size(q));
-    struct request discard = request_for(by, REQUEST_DISCARD, from, end - MIN(from, end));
+    uint64_t end = MIN(host_offset + len, data_size(q));
+    struct request discard =
+        request_for(by, REQUEST_DISCARD, host_offset, end - MIN(end, host_offset));
 
     return discard.len && node_settings(q->node)->unmap ? edge_co_request(q->data, &discard) : 0;
 }

@@ -595,11 +595,6 @@ static int qcow2_header_check_usable(const struct qcow2_header *h, const char *n
 
     if (unknown != 0)
         return qcow2_header_refuse_unknown(h, unknown, node_name, err);
-    if (h->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2)
-        return error_set(err, ENOTSUP,
-                         "node '%s': the image has extended L2 entries (subclusters), which are "
-                         "not supported",
-                         node_name);
     if (h->compression_type != QCOW2_COMPRESSION_ZLIB &&
         h->compression_type != QCOW2_COMPRESSION_ZSTD)
         return error_set(err, ENOTSUP,

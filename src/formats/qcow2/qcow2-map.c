@@ -18,7 +18,7 @@
 
 size_t qcow2_slice_bytes(const struct qcow2 *q)
 {
-    return (size_t)QCOW2_ENTRY_LEN << q->slice_bits;
+    return (size_t)QCOW2_ENTRY_LEN << (q->slice_bits + q->extended);
 }
 
 static size_t slice_memory(const struct qcow2 *q)
@@ -278,7 +278,7 @@ static int co_fn slice_read(struct qcow2 *q, const struct request *by, uint64_t 
     if (r == 0) {
         s->index = slice_index;
         touch(q, slice_index); /* whoever wants to pin it finds it, even if all others are dirty */
-        for (uint64_t i = 0; i < qcow2_slice_entries(q); i++)
+        for (size_t i = 0; i < bytes / QCOW2_ENTRY_LEN; i++)
             s->entries[i] = load_be64(b->data + i * QCOW2_ENTRY_LEN);
         list_init(&s->link);
         slice_publish(q, s);
@@ -315,33 +315,41 @@ static int co_fn slice_get(struct qcow2 *q, const struct request *by, uint64_t s
 
 /* ---- what entries say ---- */
 
-uint64_t qcow2_entry(const struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster)
+/* Of ordinary ones. */
+static uint64_t entry_word(const struct qcow2 *q, const struct qcow2_slice *s,
+                           uint64_t guest_cluster)
 {
     /* Acquire: pairs with qcow2_entry_set_locked(); the data was written before. */
     return atomic_get_acquire(&s->entries[guest_cluster & (qcow2_slice_entries(q) - 1)]);
 }
 
-/* Can a guest cluster lie there? */
-static bool can_lie(const struct qcow2 *q, uint64_t guest_cluster, uint64_t host)
+struct qcow2_l2 qcow2_entry(struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster)
 {
-    if (unlikely(qcow2_has_data_file(q)))
-        return host == guest_cluster << q->cluster_bits;
-    return qcow2_is_cluster(q, host);
+    if (q->extended)
+        return qcow2_entry_extended(q, s, guest_cluster);
+    return (struct qcow2_l2){.entry = entry_word(q, s, guest_cluster)};
 }
 
-/* In a data file the first cluster lies at 0, and its flag says that it is there. */
-static bool has_place(const struct qcow2 *q, uint64_t entry)
+struct qcow2_l2 qcow2_entry_locked(const struct qcow2 *q, const struct qcow2_slice *s,
+                                   uint64_t guest_cluster)
 {
-    return entry & QCOW2_L2_OFFSET_MASK || (qcow2_has_data_file(q) && entry & QCOW2_COPIED);
+    uint64_t index = guest_cluster & (qcow2_slice_entries(q) - 1);
+    struct qcow2_l2 e = {.bits = 0};
+
+    /* Relaxed: they change under the lock that we hold. */
+    e.entry = atomic_get_relaxed(&s->entries[index << q->extended]);
+    if (q->extended)
+        e.bits = atomic_get_relaxed(&s->entries[(index << 1) + 1]);
+    return e;
 }
 
-int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry,
+static int word_kind(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry,
                      enum qcow2_entry_kind *ret, uint64_t *ret_host)
 {
     uint64_t reserved = QCOW2_L2_RESERVED_MASK | (q->version < 3 ? QCOW2_L2_ZERO : 0);
 
     *ret_host = QCOW2_NOWHERE;
-    if (likely((entry & ~QCOW2_L2_OFFSET_MASK) == QCOW2_COPIED && has_place(q, entry))) {
+    if (likely((entry & ~QCOW2_L2_OFFSET_MASK) == QCOW2_COPIED && qcow2_has_place(q, entry))) {
         *ret = QCOW2_ENTRY_DATA;
     } else if (entry & QCOW2_L2_COMPRESSED) {
         *ret = QCOW2_ENTRY_COMPRESSED;
@@ -353,17 +361,24 @@ int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry,
     } else if (entry & QCOW2_L2_ZERO) {
         *ret = QCOW2_ENTRY_ZERO;
     } else {
-        *ret = has_place(q, entry) ? QCOW2_ENTRY_DATA : QCOW2_ENTRY_BELOW;
+        *ret = qcow2_has_place(q, entry) ? QCOW2_ENTRY_DATA : QCOW2_ENTRY_BELOW;
     }
-    if (!has_place(q, entry))
+    if (!qcow2_has_place(q, entry))
         return 0;
     *ret_host = entry & QCOW2_L2_OFFSET_MASK;
-    if (unlikely(!can_lie(q, guest_cluster, *ret_host)))
+    if (unlikely(!qcow2_can_lie(q, guest_cluster, *ret_host)))
         return qcow2_damaged(q,
                              "the L2 entry of guest cluster %" PRIu64 " points to %" PRIu64
                              ", where it cannot be",
                              guest_cluster, *ret_host);
     return 0;
+}
+
+int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, struct qcow2_l2 e, unsigned unit,
+                     enum qcow2_entry_kind *ret, uint64_t *ret_host)
+{
+    return q->extended ? qcow2_entry_kind_extended(q, guest_cluster, e, unit, ret, ret_host)
+                       : word_kind(q, guest_cluster, e.entry, ret, ret_host);
 }
 
 /* Does the next cluster continue what the mapping says? */
@@ -377,10 +392,10 @@ static bool continues(struct qcow2 *q, const struct mapping *m, uint64_t guest_c
     switch (m->kind) {
     case MAPPING_DATA:
         return entry == (((m->host_offset + m->len) | copied)) && /* no other bit is set */
-               can_lie(q, guest_cluster, entry & QCOW2_L2_OFFSET_MASK);
+               qcow2_can_lie(q, guest_cluster, entry & QCOW2_L2_OFFSET_MASK);
     case MAPPING_ZERO:
-        return qcow2_entry_kind(q, guest_cluster, entry, &kind, &host) == 0 &&
-               kind == QCOW2_ENTRY_ZERO;
+        return word_kind(q, guest_cluster, entry, &kind, &host) == 0 && kind == QCOW2_ENTRY_ZERO &&
+               host == (m->host ? m->host_offset + m->len : QCOW2_NOWHERE);
     case MAPPING_BELOW:
         return !entry;
     case MAPPING_ENCODED:
@@ -419,10 +434,10 @@ static int map_entry(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry, ui
 {
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
     uint64_t host;
-    int r = qcow2_entry_kind(q, guest_cluster, entry, &kind, &host);
+    int r = word_kind(q, guest_cluster, entry, &kind, &host);
 
     ret->kind = mapping_of(kind);
-    ret->host = q->data;
+    ret->host = host != QCOW2_NOWHERE ? q->data : NULL;
     ret->host_offset = kind == QCOW2_ENTRY_COMPRESSED ? entry : host + in_cluster;
     ret->len = qcow2_cluster_size(q) - in_cluster;
     return r;
@@ -432,7 +447,7 @@ static uint32_t chunk_of(const struct qcow2 *q, uint64_t guest_cluster)
 {
     uint64_t in_slice = guest_cluster & (qcow2_slice_entries(q) - 1);
 
-    return (uint32_t)1 << (in_slice * QCOW2_ENTRY_LEN / QCOW2_CHUNK_BYTES);
+    return (uint32_t)1 << ((in_slice * QCOW2_ENTRY_LEN << q->extended) / QCOW2_CHUNK_BYTES);
 }
 
 /* FLUSH-6 */
@@ -451,6 +466,7 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
 {
     uint64_t cluster = offset >> q->cluster_bits;
     uint64_t slice_end = (cluster | (qcow2_slice_entries(q) - 1)) + 1;
+    uint64_t cluster_end = (cluster + 1) << q->cluster_bits;
     struct qcow2_slice *s;
     uint64_t entry;
     bool unsure;
@@ -467,12 +483,15 @@ int qcow2_map_run(struct qcow2 *q, const struct request *req, uint64_t offset, u
     unsure = atomic_get(&q->sync_failed);
     if (unlikely(unsure) && may_be_lost(q, s, cluster))
         return -EIO;
-    entry = qcow2_entry(q, s, cluster);
+    if (q->extended)
+        return qcow2_map_extended(q, s, offset, unsure ? MIN(len, cluster_end - offset) : len,
+                                  for_writing, ret);
+    entry = entry_word(q, s, cluster);
     r = map_entry(q, cluster, entry, offset & (qcow2_cluster_size(q) - 1), ret);
     if (for_writing && !(entry & QCOW2_COPIED))
         ret->kind = MAPPING_BELOW;
     while (r == 0 && !unsure && ret->len < len && ++cluster < slice_end &&
-           continues(q, ret, cluster, qcow2_entry(q, s, cluster), for_writing))
+           continues(q, ret, cluster, entry_word(q, s, cluster), for_writing))
         ret->len += qcow2_cluster_size(q);
     ret->len = MIN(ret->len, len);
     return r;
@@ -484,8 +503,12 @@ int qcow2_co_map(struct node *node, const struct request *req, uint64_t offset, 
     struct qcow2 *q = node_state(node);
     int r = qcow2_map_run(q, req, offset, len, false, ret);
 
-    if (unlikely(q->crypt) && ret->kind == MAPPING_DATA)
-        ret->kind = MAPPING_ENCODED; /* below bit 56, where compressed clusters have theirs set */
+    if (unlikely(q->crypt)) {
+        ret->host = NULL;
+        if (ret->kind == MAPPING_DATA)
+            ret->kind =
+                MAPPING_ENCODED; /* below bit 56, where compressed clusters have theirs set */
+    }
     return r;
 }
 
@@ -665,10 +688,14 @@ int qcow2_slice_pin(struct qcow2 *q, const struct request *by, uint64_t guest_cl
 }
 
 void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t guest_cluster,
-                            uint64_t entry, bool ordered)
+                            struct qcow2_l2 becomes, bool ordered)
 {
-    atomic_set_release(&s->entries[guest_cluster & (qcow2_slice_entries(q) - 1)],
-                       entry); /* pairs with qcow2_entry() */
+    uint64_t index = guest_cluster & (qcow2_slice_entries(q) - 1);
+
+    if (q->extended)
+        qcow2_entry_publish(q, &s->entries[2 * index], becomes);
+    else
+        atomic_set_release(&s->entries[index], becomes.entry); /* pairs with entry_word() */
     if (!s->dirty) {
         list_remove(&s->link);
         list_append(&q->map.dirty, &s->link);

@@ -24,11 +24,12 @@ static int co_fn is_empty(struct qcow2 *q, const struct request *by, const struc
     uint64_t size = node_size(q->node);
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
     uint64_t host;
-    int r = qcow2_entry_kind(q, cluster, qcow2_entry(q, s, cluster), &kind, &host);
+    struct qcow2_l2 e = qcow2_entry(q, s, cluster);
+    int r = qcow2_entry_kind(q, cluster, e, 0, &kind, &host);
 
     if (r < 0 || host != QCOW2_NOWHERE || kind == QCOW2_ENTRY_COMPRESSED)
         return r;
-    if (kind == QCOW2_ENTRY_ZERO)
+    if (q->extended ? e.bits == QCOW2_ALL_ZERO : kind == QCOW2_ENTRY_ZERO)
         return 1;
     return chain_co_zero_below(q->node, by, start, MIN(qcow2_cluster_size(q), size - start));
 }
@@ -46,12 +47,20 @@ static int co_fn make_zero(struct qcow2 *q, const struct request *by, const stru
     return edge_co_request(q->data, &zero);
 }
 
+/* The place has zeroes; but of an encrypted image what is not written yet is said to be so (WRITE-4). */
+static void say_zero(const struct qcow2 *q, struct qcow2_l2 *e)
+{
+    e->entry |= QCOW2_COPIED;
+    if (q->extended)
+        e->bits = q->crypt ? QCOW2_ALL_ZERO : QCOW2_ALL_DATA;
+    else if (q->crypt)
+        e->entry |= QCOW2_L2_ZERO;
+}
+
 /* Up to `count` clusters that are empty get a place. Their range is held, the slice pinned. */
 static int co_fn place(struct qcow2 *q, const struct request *by, struct qcow2_slice *s,
                        uint64_t first, uint64_t count, uint64_t *ret_count)
 {
-    /* WRITE-4: what is not written yet is said to be zeroes. */
-    uint64_t flags = QCOW2_COPIED | (q->crypt ? QCOW2_L2_ZERO : 0);
     struct qcow2_extent at;
     int r = q->crypt && q->version < 3 ? -EOPNOTSUPP : 0;
 
@@ -66,9 +75,12 @@ static int co_fn place(struct qcow2 *q, const struct request *by, struct qcow2_s
         return r;
     }
     tiny_lock_acquire(&q->lock);
-    for (uint64_t i = 0; i < at.count; i++)
-        qcow2_entry_set_locked(q, s, first + i, (at.host_offset + (i << q->cluster_bits)) | flags,
-                               !at.fresh);
+    for (uint64_t i = 0; i < at.count; i++) {
+        struct qcow2_l2 e = {at.host_offset + (i << q->cluster_bits), 0};
+
+        say_zero(q, &e);
+        qcow2_entry_set_locked(q, s, first + i, e, !at.fresh);
+    }
     tiny_lock_release(&q->lock);
     chain_changed(q->node, first << q->cluster_bits, at.count << q->cluster_bits);
     *ret_count = at.count;

@@ -170,8 +170,9 @@ static int mend_subclusters(const struct check *x, uint64_t entry, uint8_t *p)
 
     if (entry & QCOW2_L2_COMPRESSED)
         better = 0;
-    else if (!(entry & QCOW2_L2_OFFSET_MASK) && !check_has_data_file(x))
-        better = bitmap & ~(uint64_t)UINT32_MAX;
+    else if (!(entry & QCOW2_L2_OFFSET_MASK) &&
+             !(check_has_data_file(x) && entry & QCOW2_COPIED)) /* what is lost reads as zeroes */
+        better = (bitmap | bitmap << 32) & ~(uint64_t)UINT32_MAX;
     store_be64(p + 8, better);
     return better != bitmap;
 }
@@ -180,7 +181,7 @@ static int mend_l2_entry(struct edit *e, const struct check_l2 *table, uint8_t *
 {
     struct check *x = e->x;
     uint64_t entry = load_be64(p);
-    uint64_t better = entry & ~QCOW2_L2_RESERVED_MASK;
+    uint64_t better = entry & ~check_l2_reserved(x);
     int changed = 0;
 
     (void)table;

@@ -126,17 +126,16 @@ static int co_fn clear_new(struct qcow2 *q, const struct request *req, uint64_t 
         return -EOPNOTSUPP; /* there are no zero clusters to hide it behind */
     r = qcow2_zero_part(q, req, from, whole - from);
     if (r == 0 && whole < to && covered > whole)
-        r = qcow2_clear(q, req, whole >> q->cluster_bits, covered >> q->cluster_bits,
-                        QCOW2_ZERO_UNMAP);
+        r = qcow2_clear(q, req, whole >> q->unit_bits, covered >> q->unit_bits, QCOW2_ZERO_UNMAP);
     if (r == 0 && whole < to)
-        r = qcow2_clear(q, req, MAX(covered, whole) >> q->cluster_bits,
-                        align_up(to, unit) >> q->cluster_bits, QCOW2_DISCARD);
+        r = qcow2_clear(q, req, MAX(covered, whole) >> q->unit_bits,
+                        align_up(to, unit) >> q->unit_bits, QCOW2_DISCARD);
     return r;
 }
 
 static int co_fn grow_disk(struct qcow2 *q, struct request *req, uint64_t size)
 {
-    uint64_t entries = qcow2_l1_entries_needed(size, q->cluster_bits, false);
+    uint64_t entries = qcow2_l1_entries_needed(size, q->cluster_bits, q->extended);
     uint64_t old = node_size(q->node);
     struct request flush = request_for(req, REQUEST_FLUSH, 0, 0);
     int r = 0;
@@ -171,8 +170,8 @@ static int co_fn shrink_disk(struct qcow2 *q, const struct request *req, uint64_
     if (r < 0)
         return r;
     node_set_size(q->node, size);
-    (void)qcow2_clear(q, req, align_up(size, unit) >> q->cluster_bits,
-                      align_up(old, unit) >> q->cluster_bits, QCOW2_DISCARD);
+    (void)qcow2_clear(q, req, align_up(size, unit) >> q->unit_bits,
+                      align_up(old, unit) >> q->unit_bits, QCOW2_DISCARD);
     qcow2_data_shrink(q, req, size);
     return 0; /* what could not be given back stays, out of sight */
 }

@@ -136,17 +136,24 @@ int snap_tally(struct snap *s, struct qcow2_counts *c, uint64_t offset, uint64_t
     return snap_failed(s, r, "count references");
 }
 
-static int tally_entry(struct snap *s, struct qcow2_counts *c, uint64_t entry)
+/* Entry i of a table. */
+static uint8_t *entry_at(const struct snap *s, uint8_t *table, size_t i)
 {
+    return table + (i * QCOW2_ENTRY_LEN << s->q->extended);
+}
+
+static int tally_entry(struct snap *s, struct qcow2_counts *c, const uint8_t *at)
+{
+    struct qcow2_l2 e = {load_be64(at), s->q->extended ? load_be64(at + QCOW2_ENTRY_LEN) : 0};
     uint64_t size = align_up(node_size(edge_node(s->q->file)), qcow2_cluster_size(s->q));
     enum qcow2_entry_kind kind = QCOW2_ENTRY_BELOW;
     uint64_t len = qcow2_cluster_size(s->q);
     uint64_t host;
 
-    if (qcow2_entry_kind(s->q, 0, entry, &kind, &host) < 0) /* it has no data file */
-        return snap_damaged(s, "an L2 entry points to", entry & QCOW2_L2_OFFSET_MASK);
+    if (qcow2_entry_kind(s->q, 0, e, 0, &kind, &host) < 0) /* it has no data file */
+        return snap_damaged(s, "an L2 entry points to", e.entry & QCOW2_L2_OFFSET_MASK);
     if (kind == QCOW2_ENTRY_COMPRESSED)
-        qcow2_compressed_place(s->q, entry, &host, &len);
+        qcow2_compressed_place(s->q, e.entry, &host, &len);
     if (kind == QCOW2_ENTRY_COMPRESSED && (!host || !range_within(host, len, size)))
         return snap_damaged(s, "no compressed data can lie at", host);
     return host != QCOW2_NOWHERE ? snap_tally(s, c, host, len) : 0;
@@ -157,7 +164,7 @@ static int tally_l2(struct snap *s, uint8_t *table, void *arg)
     int r = 0;
 
     for (size_t i = 0; r == 0 && i < (size_t)1 << s->q->l2_bits; i++)
-        r = tally_entry(s, arg, load_be64(table + i * QCOW2_ENTRY_LEN));
+        r = tally_entry(s, arg, entry_at(s, table, i));
     return r;
 }
 
@@ -346,11 +353,12 @@ int snap_clear_in_l2(struct snap *s, uint8_t *table, void *arg)
 
     (void)arg;
     for (size_t i = 0; i < (size_t)1 << s->q->l2_bits; i++) {
-        uint64_t entry = load_be64(table + i * QCOW2_ENTRY_LEN);
+        uint8_t *at = entry_at(s, table, i);
+        uint64_t entry = load_be64(at);
 
         if ((entry & QCOW2_L2_COMPRESSED) || !(entry & QCOW2_COPIED))
             continue;
-        store_be64(table + i * QCOW2_ENTRY_LEN, entry & ~QCOW2_COPIED);
+        store_be64(at, entry & ~QCOW2_COPIED);
         changed = 1;
     }
     return changed;
@@ -362,7 +370,8 @@ static int co_fn set_in_l2(struct snap *s, uint8_t *table, void *arg)
 
     (void)arg;
     for (size_t i = 0; i < (size_t)1 << s->q->l2_bits; i++) {
-        uint64_t entry = load_be64(table + i * QCOW2_ENTRY_LEN);
+        uint8_t *at = entry_at(s, table, i);
+        uint64_t entry = load_be64(at);
         uint64_t host = entry & QCOW2_L2_OFFSET_MASK;
         uint64_t count;
         int r;
@@ -374,7 +383,7 @@ static int co_fn set_in_l2(struct snap *s, uint8_t *table, void *arg)
             return snap_failed(s, r, "read refcounts");
         if (count != 1)
             continue;
-        store_be64(table + i * QCOW2_ENTRY_LEN, entry | QCOW2_COPIED);
+        store_be64(at, entry | QCOW2_COPIED);
         changed = 1;
     }
     return changed;

@@ -594,7 +594,7 @@ static int co_fn read_disk(struct snap *s, const struct qcow2_snapshot *sn, uint
                            struct snap_l1 *ret_l1)
 {
     uint64_t size = sn->has_disk_size ? sn->disk_size : node_size(s->q->node);
-    uint64_t entries = qcow2_l1_entries_needed(size, s->q->cluster_bits, false);
+    uint64_t entries = qcow2_l1_entries_needed(size, s->q->cluster_bits, s->q->extended);
 
     if (size > INT64_MAX || entries * QCOW2_ENTRY_LEN > QCOW2_L1_BYTES_MAX)
         return snap_damaged(s, "a snapshot's disk cannot be as large as", size);
@@ -642,11 +642,8 @@ static int co_fn apply(struct snap *s, const char *id_or_name, bool *ret_vm_stat
 /* All of the data file, to the host, as far as it takes it. */
 static void co_fn give_back_data(struct snap *s)
 {
-    uint64_t count = clusters_of(s, node_size(s->q->node));
-    uint64_t step = MAX(GIB >> s->q->cluster_bits, (uint64_t)1); /* G6 */
-
-    for (uint64_t first = 0; first < count; first += step)
-        (void)qcow2_data_discard(s->q, s->by, first, MIN(step, count - first));
+    for (uint64_t at = 0; at < node_size(s->q->node); at += GIB) /* G6 */
+        (void)qcow2_data_discard(s->q, s->by, at, GIB);
 }
 
 /* A snapshot that has nothing is applied. */

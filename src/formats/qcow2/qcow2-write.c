@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Requests that change data.
+ * What is mapped by itself is a unit: a cluster, or one of its subclusters.
  *
- * WRITE-1 A cluster that is mapped and used once is written to in place, without a lock, inside the node's epoch (Q2).
+ * WRITE-1 A unit that is mapped and used once is written to in place, without a lock, inside the node's epoch (Q2).
  * WRITE-2 Whoever changes a mapping holds the guest range: he looks again when he has it, writes the data first, and then
  *         publishes the mapping. Until then readers find the old one.
  * WRITE-3 The cluster that a mapping no longer points to goes through the flush and the epoch before it is touched (Q1). One
@@ -69,6 +70,11 @@ struct placing {
     struct qcow2_slice *slice; /* pinned */
     uint64_t cluster;          /* the first guest cluster */
     uint64_t count;
+    uint64_t
+        limit; /* of the disk, bytes: what comes then is not theirs to write; 0: where they end */
+    uint64_t
+        from; /* of the disk, bytes: what is written, in whole units, unless fresh space has it already */
+    uint64_t to;
     bool was_zero; /* they read as zeroes: so does what is not written */
     bool reuses;   /* they keep the host clusters that they have */
     struct qcow2_run
@@ -89,9 +95,8 @@ static struct qcow2_run *new_run(uint64_t first, uint64_t count, bool shared)
     return run;
 }
 
-/* The host clusters that an entry uses, to be freed when it is gone: NULL if there are none. */
-static int run_of(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind, uint64_t host,
-                  struct qcow2_run **ret)
+int qcow2_run_of(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind, uint64_t host,
+                 struct qcow2_run **ret)
 {
     uint64_t first;
     uint64_t len;
@@ -136,7 +141,7 @@ static int replace_first(struct qcow2 *q, struct placing *p, uint64_t entry,
 {
     p->count = 1;
     p->was_zero = kind == QCOW2_ENTRY_ZERO;
-    return run_of(q, entry, kind, host, &p->replaces);
+    return qcow2_run_of(q, entry, kind, host, &p->replaces);
 }
 
 /* Of a cluster that a mapping points to. */
@@ -151,9 +156,9 @@ static int co_fn count_uses(struct qcow2 *q, const struct request *req, uint64_t
                          "a cluster that is in use has refcount 0");
 }
 
-/* Is it used by others as well? If not, it is noted as ours, and written in place: 0 clusters. */
+/* Is it used by others as well? If not, it is noted as ours, and looked at once more: 0 clusters. */
 static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, struct placing *p,
-                                uint64_t entry, uint64_t host)
+                                struct qcow2_l2 e, uint64_t host)
 {
     uint64_t refcount = 1;
     int r = qcow2_has_data_file(q) ? 0 : count_uses(q, req, host, &refcount);
@@ -161,9 +166,10 @@ static int co_fn look_at_shared(struct qcow2 *q, const struct request *req, stru
     if (r < 0)
         return r;
     if (refcount != 1)
-        return replace_first(q, p, entry, QCOW2_ENTRY_DATA, host);
+        return replace_first(q, p, e.entry, QCOW2_ENTRY_DATA, host);
+    e.entry |= QCOW2_COPIED;
     tiny_lock_acquire(&q->lock);
-    qcow2_entry_set_locked(q, p->slice, p->cluster, entry | QCOW2_COPIED, false);
+    qcow2_entry_set_locked(q, p->slice, p->cluster, e, false);
     tiny_lock_release(&q->lock);
     p->count = 0;
     return 0;
@@ -187,48 +193,66 @@ static int co_fn look_at_zeroes(struct qcow2 *q, const struct request *req, stru
     return 0;
 }
 
-/* What is the first cluster, if it has a place? 0: it has none. */
-static int co_fn look_at_first(struct qcow2 *q, const struct request *req, struct placing *p)
+/* Subclusters without data in a cluster that is ours: as many as there are from this one on. */
+static void fill_units(const struct qcow2 *q, struct placing *p, uint64_t unit,
+                       const struct qcow2_l2 *e, uint64_t host)
 {
-    uint64_t entry = qcow2_entry(q, p->slice, p->cluster);
+    unsigned first = qcow2_unit_in_cluster(q, unit);
+    unsigned n = (unsigned)__builtin_ctzll((e->bits & QCOW2_ALL_DATA) >> first |
+                                           UINT64_C(1) << (QCOW2_SUBCLUSTERS - first));
+
+    p->count = 1;
+    p->limit = (unit + n) << q->unit_bits;
+    p->reuses = true;
+    p->at = (struct qcow2_extent){.host_offset = host, .count = 1};
+}
+
+/* What is the first cluster, if it has a place? 0: it has none. */
+static int co_fn look_at_first(struct qcow2 *q, const struct request *req, struct placing *p,
+                               uint64_t unit)
+{
+    struct qcow2_l2 e = qcow2_entry(q, p->slice, p->cluster);
     enum qcow2_entry_kind kind;
     uint64_t host;
-    int r = qcow2_entry_kind(q, p->cluster, entry, &kind, &host);
+    int r = qcow2_entry_kind(q, p->cluster, e, qcow2_unit_in_cluster(q, unit), &kind, &host);
 
     if (r < 0)
         return r;
     if (kind == QCOW2_ENTRY_COMPRESSED) {
-        r = replace_first(q, p, entry, kind, 0);
-    } else if (kind == QCOW2_ENTRY_DATA && entry & QCOW2_COPIED) {
-        p->count = 0; /* somebody was faster */
-    } else if (kind == QCOW2_ENTRY_DATA) {
-        r = look_at_shared(q, req, p, entry, host);
-    } else if (host != QCOW2_NOWHERE) {
-        r = look_at_zeroes(q, req, p, entry, host);
-    } else {
+        r = replace_first(q, p, e.entry, kind, 0);
+    } else if (host == QCOW2_NOWHERE) {
         return 0;
+    } else if (kind == QCOW2_ENTRY_DATA && e.entry & QCOW2_COPIED) {
+        p->count = 0; /* somebody was faster */
+    } else if (kind == QCOW2_ENTRY_DATA || (q->extended && !(e.entry & QCOW2_COPIED))) {
+        r = look_at_shared(q, req, p, e, host);
+    } else if (q->extended) {
+        fill_units(q, p, unit, &e, host);
+    } else {
+        r = look_at_zeroes(q, req, p, e.entry, host);
     }
     return r < 0 ? r : 1;
 }
 
-/* What are the clusters, as far as they are of one kind? 0 clusters: the first one is written in place. */
-static int co_fn look_again(struct qcow2 *q, const struct request *req, struct placing *p)
+/* What are the clusters, as far as they are of one kind? 0 clusters: look once more, from the start. */
+static int co_fn look_again(struct qcow2 *q, const struct request *req, struct placing *p,
+                            uint64_t unit)
 {
     uint64_t most = p->count;
-    int r = look_at_first(q, req, p);
+    int r = look_at_first(q, req, p, unit);
 
     if (r)
         return r < 0 ? r : 0;
     for (p->count = 0; p->count < most; p->count++) {
-        uint64_t entry = qcow2_entry(q, p->slice, p->cluster + p->count);
+        struct qcow2_l2 e = qcow2_entry(q, p->slice, p->cluster + p->count);
         enum qcow2_entry_kind kind;
         uint64_t host;
         bool zero;
 
-        if (qcow2_entry_kind(q, p->cluster + p->count, entry, &kind, &host) < 0)
+        if (qcow2_entry_kind(q, p->cluster + p->count, e, 0, &kind, &host) < 0)
             break; /* its own request tells */
-        zero = kind == QCOW2_ENTRY_ZERO;
-        if (host != QCOW2_NOWHERE || (!zero && kind != QCOW2_ENTRY_BELOW) ||
+        zero = q->extended ? e.bits == QCOW2_ALL_ZERO : kind == QCOW2_ENTRY_ZERO;
+        if (host != QCOW2_NOWHERE || kind == QCOW2_ENTRY_COMPRESSED ||
             (p->count && zero != p->was_zero))
             break;
         p->was_zero = zero;
@@ -276,35 +300,53 @@ static int co_fn read_old(struct qcow2 *q, const struct request *req, const stru
     return inside ? chain_co_read(q->node, &old) : 0; /* what is published still */
 }
 
-/* How much of the clusters is written at most. */
-static uint64_t placing_bytes(const struct qcow2 *q, const struct placing *p)
+/* Where a byte of the disk will lie. */
+static uint64_t host_of(const struct qcow2 *q, const struct placing *p, uint64_t offset)
 {
-    uint64_t bytes = p->count << q->cluster_bits;
-    uint64_t start = p->cluster << q->cluster_bits;
+    return p->at.host_offset + (offset - (p->cluster << q->cluster_bits));
+}
 
-    /* DATA-1 */
-    return qcow2_has_data_file(q) ? MIN(bytes, node_size(q->node) - start) : bytes;
+/* The units that the request writes to, and with them what moves to the new place. */
+static void choose_span(struct qcow2 *q, struct placing *p, uint64_t offset, uint64_t len)
+{
+    uint64_t start = p->cluster << q->cluster_bits;
+    struct qcow2_l2 e;
+    uint32_t data;
+
+    p->from = align_down(offset, qcow2_unit_size(q));
+    p->to = align_up(offset + len, qcow2_unit_size(q));
+    if (p->replaces && q->extended) {
+        e = qcow2_entry(q, p->slice, p->cluster);
+        data = e.entry & QCOW2_L2_COMPRESSED ? UINT32_MAX : (uint32_t)e.bits;
+        if (data) {
+            unsigned last = 31 - (unsigned)__builtin_clz(data);
+
+            p->from = MIN(p->from, start + ((uint64_t)__builtin_ctz(data) << q->unit_bits));
+            p->to = MAX(p->to, start + ((uint64_t)(last + 1) << q->unit_bits));
+        }
+    }
+    if (qcow2_has_data_file(q))
+        p->to = MIN(p->to, node_size(q->node)); /* DATA-1 */
 }
 
 /* All of that: what was there before, with the request's data over it. */
 static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const struct placing *p,
                              uint64_t done, uint64_t len)
 {
-    uint64_t start = p->cluster << q->cluster_bits;
-    uint64_t bytes = placing_bytes(q, p);
-    uint64_t head = req->offset + done - start;
+    uint64_t bytes = p->to - p->from;
+    uint64_t head = req->offset + done - p->from;
     uint64_t tail = bytes - head - len;
     struct iobuf *b = iobuf_new((size_t)bytes);
     int r = b ? 0 : -ENOMEM;
 
     edge_co_announce(q->file, EVENT_COW_READ, req);
     if (r == 0 && head)
-        r = read_old(q, req, p, start, head, b, 0);
+        r = read_old(q, req, p, p->from, head, b, 0);
     if (r == 0 && tail)
-        r = read_old(q, req, p, start + head + len, tail, b, (size_t)(head + len));
+        r = read_old(q, req, p, p->to - tail, tail, b, (size_t)(head + len));
     if (r == 0) {
         struct iovec iov = {b->data, (size_t)bytes};
-        struct request write = request_for(req, REQUEST_WRITE, p->at.host_offset, bytes);
+        struct request write = request_for(req, REQUEST_WRITE, host_of(q, p, p->from), bytes);
 
         request_gather(req, done, b->data + head, (size_t)len);
         write.iov = &iov;
@@ -312,7 +354,7 @@ static int co_fn write_mixed(struct qcow2 *q, const struct request *req, const s
         write.hold = b;
         edge_co_announce(q->file, EVENT_COW_WRITE, req);
         edge_co_announce(q->file, EVENT_WRITE_AIO, req);
-        r = q->crypt ? qcow2_crypt_write(q, &write, 0, bytes, p->at.host_offset)
+        r = q->crypt ? qcow2_crypt_write(q, &write, 0, bytes, write.offset)
                      : edge_co_request(q->data, &write);
     }
     iobuf_unref(b);
@@ -328,20 +370,46 @@ static bool rest_is_right(const struct qcow2 *q, const struct placing *p)
 static int co_fn write_data(struct qcow2 *q, struct request *req, const struct placing *p,
                             uint64_t done, uint64_t len)
 {
-    uint64_t head = (req->offset + done) & (qcow2_cluster_size(q) - 1);
-    bool whole = !head && len == placing_bytes(q, p);
+    uint64_t offset = req->offset + done;
+    bool whole = offset == p->from && offset + len == p->to;
     struct iovec iov[PIECE_IOV];
     struct request piece = *req;
 
     if (!whole && !rest_is_right(q, p))
         return write_mixed(q, req, p, done, len);
     if (q->crypt)
-        return qcow2_crypt_write(q, req, done, len, p->at.host_offset + head);
+        return qcow2_crypt_write(q, req, done, len, host_of(q, p, offset));
     piece.flags &= ~(unsigned)REQUEST_FUA;
     if (len < req->len && request_slice(&piece, req, done, len, iov, PIECE_IOV) < len)
         return write_mixed(q, req, p, done, len); /* more vectors than fit */
     edge_co_announce(q->file, EVENT_WRITE_AIO, req);
-    return edge_co_request_at(q->data, &piece, p->at.host_offset + head);
+    return edge_co_request_at(q->data, &piece, host_of(q, p, offset));
+}
+
+/* Of one of the clusters. */
+static struct qcow2_l2 placed_entry_locked(const struct qcow2 *q, const struct placing *p,
+                                           uint64_t i)
+{
+    uint64_t first = (p->cluster + i) << (q->cluster_bits - q->unit_bits);
+    struct qcow2_l2 e = {(p->at.host_offset + (i << q->cluster_bits)) | QCOW2_COPIED, 0};
+    struct qcow2_l2 was;
+    uint64_t from;
+    uint64_t to;
+    uint64_t mask;
+
+    if (!q->extended)
+        return e;
+    e.bits = QCOW2_ALL_DATA;
+    if (rest_is_right(q, p))
+        return e; /* the space has the zeroes of all of them */
+    was = qcow2_entry_locked(q, p->slice, p->cluster + i);
+    from = MAX(p->from >> q->unit_bits, first) - first;
+    to =
+        MIN(align_up(p->to, qcow2_unit_size(q)) >> q->unit_bits, first + QCOW2_SUBCLUSTERS) - first;
+    mask = ((UINT64_C(1) << (to - from)) - 1) << from;
+    e.bits = was.entry & QCOW2_L2_COMPRESSED ? 0 : was.bits;
+    e.bits = (e.bits | mask) & ~(mask << 32);
+    return e;
 }
 
 /* WRITE-2. What pointed to zeroes may point to fresh space before the data is there: it reads the same. */
@@ -351,9 +419,7 @@ static void publish(struct qcow2 *q, struct placing *p)
 
     tiny_lock_acquire(&q->lock);
     for (uint64_t i = 0; i < p->count; i++)
-        qcow2_entry_set_locked(q, p->slice, p->cluster + i,
-                               (p->at.host_offset + (i << q->cluster_bits)) | QCOW2_COPIED,
-                               ordered);
+        qcow2_entry_set_locked(q, p->slice, p->cluster + i, placed_entry_locked(q, p, i), ordered);
     if (p->replaces) {
         qcow2_plain_forget_locked(q);
         qcow2_free_locked(q, p->replaces);
@@ -368,12 +434,13 @@ static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing
                             uint64_t *ret_len)
 {
     uint64_t offset = req->offset + done;
-    int r = look_again(q, req, p);
+    uint64_t end;
+    int r = look_again(q, req, p, offset >> q->unit_bits);
 
     *ret_len = 0;
     if (r < 0 || !p->count)
         return r;
-    if (!p->was_zero && !p->replaces) {
+    if (!p->was_zero && !p->replaces && !p->reuses) {
         r = chain_co_zero_below(q->node, req, p->cluster << q->cluster_bits,
                                 p->count << q->cluster_bits);
         p->was_zero = r == 1;
@@ -383,7 +450,9 @@ static int co_fn place_held(struct qcow2 *q, struct request *req, struct placing
     if (r < 0)
         return r;
     p->count = p->at.count;
-    *ret_len = MIN(req->len - done, ((p->cluster + p->count) << q->cluster_bits) - offset);
+    end = p->limit ? p->limit : (p->cluster + p->count) << q->cluster_bits;
+    *ret_len = MIN(req->len - done, end - offset);
+    choose_span(q, p, offset, *ret_len);
     r = write_data(q, req, p, done, *ret_len);
     if (r == 0 && p->replaces)
         edge_co_announce(q->file, EVENT_CLUSTER_FREE, req);
@@ -465,16 +534,16 @@ int qcow2_co_write(struct node *node, struct request *req)
     return write_all(q, req);
 }
 
-int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, uint64_t becomes)
+int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, struct qcow2_l2 becomes)
 {
-    uint64_t entry = qcow2_entry(q, s, cluster);
+    struct qcow2_l2 e = qcow2_entry(q, s, cluster);
     struct qcow2_run *run = NULL;
     enum qcow2_entry_kind kind;
     uint64_t host;
-    int r = qcow2_entry_kind(q, cluster, entry, &kind, &host);
+    int r = qcow2_entry_kind(q, cluster, e, 0, &kind, &host);
 
     if (r == 0)
-        r = run_of(q, entry, kind, host, &run);
+        r = qcow2_run_of(q, e.entry, kind, host, &run);
     if (r < 0)
         return r;
     tiny_lock_acquire(&q->lock);
@@ -486,227 +555,4 @@ int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, uint
     tiny_lock_release(&q->lock);
     chain_changed(q->node, cluster << q->cluster_bits, qcow2_cluster_size(q));
     return 0;
-}
-
-/* ---- zeroes and discard ---- */
-
-/* Does what is not mapped read as zeroes, for us and for whoever opens the image as it says? */
-static bool unmapped_is_zero(const struct qcow2 *q)
-{
-    return !q->names_backing && !node_backing(q->node);
-}
-
-/* What the entry becomes. `ret_frees`: the cluster that it has is not needed any more. */
-static uint64_t cleared_entry(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind,
-                              uint64_t host, enum qcow2_clearing how, bool *ret_frees)
-{
-    bool zero_is_none = unmapped_is_zero(q);
-    bool placed = host != QCOW2_NOWHERE;
-
-    *ret_frees = kind == QCOW2_ENTRY_COMPRESSED || (placed && how != QCOW2_ZERO);
-    if (how == QCOW2_ZERO && placed)
-        return entry | QCOW2_L2_ZERO;
-    if (!*ret_frees && (kind == QCOW2_ENTRY_ZERO || how == QCOW2_DISCARD || zero_is_none))
-        return entry;
-    /* Version 2 comes here where nothing lies below. */
-    return zero_is_none || q->version < 3 ? 0 : QCOW2_L2_ZERO;
-}
-
-/* Version 2 has no zero clusters: what can be done without them? */
-static bool can_clear(const struct qcow2 *q, enum qcow2_clearing how)
-{
-    return q->version >= 3 || (unmapped_is_zero(q) && how != QCOW2_ZERO);
-}
-
-/* 1: its place in the data file is not mapped any more. */
-static int clear_cluster(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster,
-                         enum qcow2_clearing how)
-{
-    uint64_t entry = qcow2_entry(q, s, cluster);
-    struct qcow2_run *run = NULL;
-    enum qcow2_entry_kind kind;
-    uint64_t becomes;
-    uint64_t host;
-    bool frees;
-    int r = qcow2_entry_kind(q, cluster, entry, &kind, &host);
-
-    if (r < 0)
-        return r;
-    becomes = cleared_entry(q, entry, kind, host, how, &frees);
-    if (becomes == entry)
-        return 0;
-    r = frees ? run_of(q, entry, kind, host, &run) : 0;
-    if (r < 0)
-        return r;
-    tiny_lock_acquire(&q->lock);
-    qcow2_entry_set_locked(q, s, cluster, becomes, false);
-    q->left_in_place += host != QCOW2_NOWHERE && !run; /* WRITE-3 */
-    if (run) {
-        qcow2_plain_forget_locked(q);
-        qcow2_free_locked(q, run);
-    }
-    tiny_lock_release(&q->lock);
-    return frees && !run;
-}
-
-/* Clusters whose places in the data file are free: the host may have them. */
-struct left_places {
-    uint64_t first;
-    uint64_t count;
-};
-
-static int co_fn give_back_left(struct qcow2 *q, const struct request *req, struct left_places *l)
-{
-    int r = l->count ? qcow2_data_discard(q, req, l->first, l->count) : 0;
-
-    l->count = 0;
-    return r;
-}
-
-static int co_fn clear_clusters(struct qcow2 *q, const struct request *req, struct qcow2_slice *s,
-                                uint64_t first, uint64_t count, enum qcow2_clearing how)
-{
-    struct left_places left = {.count = 0};
-    int r = 0;
-
-    for (uint64_t c = first; r >= 0 && c < first + count; c++) {
-        r = clear_cluster(q, s, c, how);
-        if (r == 1 && !left.count++)
-            left.first = c;
-        else if (r == 0)
-            r = give_back_left(q, req, &left);
-    }
-    return r < 0 ? r : give_back_left(q, req, &left);
-}
-
-/* Does nothing have to be noted for clusters without an L2 table? */
-static bool skips_unmapped(const struct qcow2 *q, enum qcow2_clearing how)
-{
-    return how == QCOW2_DISCARD || unmapped_is_zero(q);
-}
-
-/* Clusters of one slice. */
-static int co_fn clear_piece(struct qcow2 *q, const struct request *req, uint64_t first,
-                             uint64_t count, enum qcow2_clearing how)
-{
-    struct qcow2_slice *s = NULL;
-    struct overlap_range range;
-    int r =
-        overlap_begin(&q->ranges, &range, first << q->cluster_bits, count << q->cluster_bits, true);
-
-    if (r < 0)
-        return r;
-    r = qcow2_slice_pin(q, req, first, !skips_unmapped(q, how), &s);
-    if (r == 0 && s) {
-        edge_co_announce(q->file, EVENT_CLUSTER_FREE, req);
-        r = clear_clusters(q, req, s, first, count, how);
-    }
-    chain_changed(q->node, first << q->cluster_bits, count << q->cluster_bits);
-    if (s)
-        qcow2_slice_unpin(q, s);
-    overlap_end(&q->ranges, &range);
-    if (r == 0)
-        qcow2_flush_if_full(q, req);
-    return r;
-}
-
-int qcow2_clear(struct qcow2 *q, const struct request *req, uint64_t first, uint64_t end,
-                enum qcow2_clearing how)
-{
-    int r = unlikely(atomic_get(&q->corrupt)) ? -EIO : 0; /* CORRUPT-1: also what skips all of it */
-
-    while (r == 0) {
-        uint64_t n;
-
-        if (skips_unmapped(q, how))
-            first = qcow2_next_mapped(q, first, end);
-        if (first >= end)
-            break;
-        n = MIN(end, (first | (qcow2_slice_entries(q) - 1)) + 1) - first;
-        r = clear_piece(q, req, first, n, how);
-        first += n;
-    }
-    return r;
-}
-
-/* The clusters that lie in the range as a whole; the last one of the disk may end beyond it. */
-static void whole_clusters(const struct qcow2 *q, const struct request *req, uint64_t *ret_first,
-                           uint64_t *ret_end)
-{
-    uint64_t end = req->offset + req->len;
-
-    if (end == node_size(q->node))
-        end = align_up(end, qcow2_cluster_size(q));
-    *ret_first = align_up(req->offset, qcow2_cluster_size(q)) >> q->cluster_bits;
-    *ret_end = end >> q->cluster_bits;
-}
-
-int qcow2_co_discard(struct node *node, struct request *req)
-{
-    struct qcow2 *q = node_state(node);
-    uint64_t first;
-    uint64_t end;
-
-    if (q->data_raw)
-        return qcow2_data_pass_on(q, req);
-    whole_clusters(q, req, &first, &end);
-    return can_clear(q, QCOW2_DISCARD) ? qcow2_clear(q, req, first, end, QCOW2_DISCARD) : 0;
-}
-
-int qcow2_zero_part(struct qcow2 *q, const struct request *req, uint64_t offset, uint64_t len)
-{
-    struct extent one = {.flags = 0};
-    struct extents found = {.v = &one, .max = 1};
-    struct request look = request_for(req, REQUEST_EXTENTS, offset, len);
-    struct iobuf *zeroes;
-    struct iovec iov;
-    struct request write;
-    int r;
-
-    if (!len)
-        return 0;
-    look.extents = &found;
-    r = chain_co_extents(q->node, &look);
-    if (r < 0 || (found.count && one.flags & EXTENT_ZERO && one.len >= len))
-        return r;
-    zeroes = iobuf_new((size_t)len);
-    if (!zeroes)
-        return -ENOMEM;
-    memset(zeroes->data, 0, (size_t)len);
-    iov = (struct iovec){zeroes->data, (size_t)len};
-    write = request_for(req, REQUEST_WRITE, offset, len);
-    write.iov = &iov;
-    write.iov_count = 1;
-    write.hold = zeroes;
-    r = qcow2_co_write(q->node, &write);
-    iobuf_unref(zeroes);
-    return r;
-}
-
-int qcow2_co_write_zeroes(struct node *node, struct request *req)
-{
-    struct qcow2 *q = node_state(node);
-    enum qcow2_clearing how = req->flags & REQUEST_MAY_UNMAP ? QCOW2_ZERO_UNMAP : QCOW2_ZERO;
-    uint64_t range_end = req->offset + req->len;
-    uint64_t first;
-    uint64_t end;
-    int r;
-
-    if (q->data_raw)
-        return qcow2_data_pass_on(q, req);
-    if (!can_clear(q, how))
-        return -EOPNOTSUPP;
-    whole_clusters(q, req, &first, &end);
-    if (first >= end) { /* parts of one cluster, or of two */
-        uint64_t middle = MIN(first << q->cluster_bits, range_end);
-
-        r = qcow2_zero_part(q, req, req->offset, middle - req->offset);
-        return r < 0 ? r : qcow2_zero_part(q, req, middle, range_end - middle);
-    }
-    r = qcow2_clear(q, req, first, end, how);
-    if (r == 0)
-        r = qcow2_zero_part(q, req, req->offset, (first << q->cluster_bits) - req->offset);
-    if (r == 0 && end << q->cluster_bits < range_end)
-        r = qcow2_zero_part(q, req, end << q->cluster_bits, range_end - (end << q->cluster_bits));
-    return r;
 }

@@ -224,7 +224,9 @@ static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
 {
     q->version = header->version;
     q->cluster_bits = header->cluster_bits;
-    q->l2_bits = header->cluster_bits - 3;
+    q->extended = header->incompatible & QCOW2_INCOMPATIBLE_EXTENDED_L2;
+    q->unit_bits = header->cluster_bits - (q->extended ? 5 : 0); /* QCOW2_SUBCLUSTERS */
+    q->l2_bits = header->cluster_bits - (q->extended ? 4 : 3);
     q->slice_bits = q->l2_bits;
     while (qcow2_slice_bytes(q) > QCOW2_SLICE_BYTES_MAX)
         q->slice_bits--;

@@ -4,7 +4,9 @@
  *
  *   qcow2.c           opening and closing
  *   qcow2-map.c       where guest clusters lie: L1, cached slices of L2 tables, co_map
- *   qcow2-write.c     requests that change data: in place, copy-on-write, zeroes, discard
+ *   qcow2-subcluster.c   extended L2 entries
+ *   qcow2-write.c     requests that write data: in place, copy-on-write
+ *   qcow2-clear.c     zeroes and discard
  *   qcow2-alloc.c     host clusters: the pool that writers take from, what is freed
  *   qcow2-grow.c      how the file grows
  *   qcow2-data.c      external data files
@@ -158,6 +160,8 @@ struct qcow2 {
     bool data_raw; /* the data file holds what the disk shows (DATA-3) */
     unsigned version;
     unsigned cluster_bits;
+    unsigned unit_bits;  /* a unit is what is mapped by itself: a cluster, or a subcluster */
+    bool extended;       /* L2 entries have two words */
     unsigned l2_bits;    /* of the number of entries of an L2 table */
     unsigned slice_bits; /* of the number of entries of a slice */
     unsigned refcount_order;
@@ -196,6 +200,17 @@ static inline bool qcow2_has_data_file(const struct qcow2 *q)
 static inline uint64_t qcow2_cluster_size(const struct qcow2 *q)
 {
     return (uint64_t)1 << q->cluster_bits;
+}
+
+static inline uint64_t qcow2_unit_size(const struct qcow2 *q)
+{
+    return (uint64_t)1 << q->unit_bits;
+}
+
+/* Of a unit of the disk, by number. */
+static inline unsigned qcow2_unit_in_cluster(const struct qcow2 *q, uint64_t unit)
+{
+    return (unsigned)(unit & (((uint64_t)1 << (q->cluster_bits - q->unit_bits)) - 1));
 }
 
 /* ---- qcow2.c: metadata in the file, in the name of a request; all through pool memory, so that waiters may leave (G8) ---- */
@@ -262,15 +277,39 @@ enum qcow2_entry_kind {
     QCOW2_ENTRY_COMPRESSED,
 };
 
+/* An L2 entry. Those of extended ones have bits for their subclusters: below those that hold data, above those that read as zeroes. */
+struct qcow2_l2 {
+    uint64_t entry;
+    uint64_t bits;
+};
+
+#define QCOW2_SUBCLUSTERS 32
+#define QCOW2_ALL_DATA    UINT64_C(0x00000000ffffffff)
+#define QCOW2_ALL_ZERO    UINT64_C(0xffffffff00000000)
+
 /* No host cluster: in a data file there is one at 0. */
 #define QCOW2_NOWHERE UINT64_MAX
 
 /*
- * What the L2 entry of a guest cluster says. `ret_host`: the cluster, or QCOW2_NOWHERE (of data there is one; compressed ones have
- * none). -EIO for one that is damaged.
+ * What the L2 entry of a guest cluster says of one of its units. `ret_host`: the cluster, or QCOW2_NOWHERE (of data there is one;
+ * compressed ones have none). -EIO for one that is damaged.
  */
-int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, uint64_t entry,
+int qcow2_entry_kind(struct qcow2 *q, uint64_t guest_cluster, struct qcow2_l2 e, unsigned unit,
                      enum qcow2_entry_kind *ret, uint64_t *ret_host);
+
+/* In a data file the first cluster lies at 0, and its flag says that it is there. */
+static inline bool qcow2_has_place(const struct qcow2 *q, uint64_t entry)
+{
+    return entry & QCOW2_L2_OFFSET_MASK || (qcow2_has_data_file(q) && entry & QCOW2_COPIED);
+}
+
+/* Can a guest cluster lie there? */
+static inline bool qcow2_can_lie(const struct qcow2 *q, uint64_t guest_cluster, uint64_t host)
+{
+    if (unlikely(qcow2_has_data_file(q)))
+        return host == guest_cluster << q->cluster_bits;
+    return qcow2_is_cluster(q, host);
+}
 
 /*
  * The slice that a guest cluster is in, pinned, so that it stays. *ret is NULL if there is no L2 table; with `create` one is made
@@ -285,14 +324,31 @@ static inline uint64_t qcow2_slice_entries(const struct qcow2 *q)
     return (uint64_t)1 << q->slice_bits;
 }
 
-/* Of a pinned slice, by guest cluster. */
-uint64_t qcow2_entry(const struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster);
-/* Under qcow2.lock. `ordered`: what it points to must be durable before it is. */
+/* By guest cluster, of a pinned slice or inside the epoch. */
+struct qcow2_l2 qcow2_entry(struct qcow2 *q, const struct qcow2_slice *s, uint64_t guest_cluster);
+/* Under qcow2.lock. */
+struct qcow2_l2 qcow2_entry_locked(const struct qcow2 *q, const struct qcow2_slice *s,
+                                   uint64_t guest_cluster);
+/* The same. `ordered`: what it points to must be durable before it is. */
 void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t guest_cluster,
-                            uint64_t entry, bool ordered);
+                            struct qcow2_l2 becomes, bool ordered);
 /* Where a slice lies in the file; 0 if there is no L2 table. */
 uint64_t qcow2_slice_offset(const struct qcow2 *q, uint64_t slice_index);
 size_t qcow2_slice_bytes(const struct qcow2 *q);
+
+/* ---- qcow2-subcluster.c: only where entries are extended ---- */
+
+struct qcow2_l2 qcow2_entry_extended(struct qcow2 *q, const struct qcow2_slice *s,
+                                     uint64_t guest_cluster);
+/* Under qcow2.lock. */
+void qcow2_entry_publish(const struct qcow2 *q, uint64_t *words, struct qcow2_l2 becomes);
+int qcow2_entry_kind_extended(struct qcow2 *q, uint64_t guest_cluster, struct qcow2_l2 e,
+                              unsigned unit, enum qcow2_entry_kind *ret, uint64_t *ret_host);
+/* How many units from this one on, which is of this kind, are alike. */
+unsigned qcow2_unit_run(uint64_t bits, enum qcow2_entry_kind kind, unsigned unit);
+/* As qcow2_map_run(), of what the slice covers. */
+int qcow2_map_extended(struct qcow2 *q, const struct qcow2_slice *s, uint64_t offset, uint64_t len,
+                       bool for_writing, struct mapping *ret);
 
 /* ---- qcow2-compress.c ---- */
 
@@ -407,8 +463,6 @@ int co_fn qcow2_flush_mappings(struct qcow2 *q, const struct request *by);
 /* ---- qcow2-write.c ---- */
 
 int co_fn qcow2_co_write(struct node *node, struct request *req);
-int co_fn qcow2_co_write_zeroes(struct node *node, struct request *req);
-int co_fn qcow2_co_discard(struct node *node, struct request *req);
 
 /*
  * A place for guest clusters that have none, in the image or in the data file; the caller holds their range. At most `count` of them.
@@ -420,7 +474,16 @@ void qcow2_place_put(struct qcow2 *q, const struct qcow2_extent *at);
 /* Bytes [from, to) of a request, as they are. */
 int co_fn qcow2_write_plain(struct qcow2 *q, const struct request *req, uint64_t from, uint64_t to);
 /* The range is held, the slice pinned: from now on the guest cluster is this, and what it had is freed. */
-int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, uint64_t becomes);
+int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster,
+                  struct qcow2_l2 becomes);
+/* The host clusters that an entry uses, to be freed when it is gone: NULL if there are none, or they are in a data file. */
+int qcow2_run_of(const struct qcow2 *q, uint64_t entry, enum qcow2_entry_kind kind, uint64_t host,
+                 struct qcow2_run **ret);
+
+/* ---- qcow2-clear.c ---- */
+
+int co_fn qcow2_co_write_zeroes(struct node *node, struct request *req);
+int co_fn qcow2_co_discard(struct node *node, struct request *req);
 
 enum qcow2_clearing {
     QCOW2_DISCARD,    /* space is given back */
@@ -428,10 +491,10 @@ enum qcow2_clearing {
     QCOW2_ZERO_UNMAP, /* reads as zeroes; space is given back */
 };
 
-/* Whole guest clusters. Not for version 2 what that cannot say. */
+/* Units of the disk, by number. Not for version 2 what that cannot say. */
 int co_fn qcow2_clear(struct qcow2 *q, const struct request *req, uint64_t first, uint64_t end,
                       enum qcow2_clearing how);
-/* Zeroes into a part of one cluster: written, unless they are there already. */
+/* Zeroes into a part of a cluster: written, unless they are there already. */
 int co_fn qcow2_zero_part(struct qcow2 *q, const struct request *req, uint64_t offset,
                           uint64_t len);
 
@@ -443,7 +506,7 @@ struct qcow2_snapshot_ref; /* generated */
 int co_fn qcow2_snapshot_show(struct qcow2 *q, const struct request *by,
                               const struct qcow2_snapshot_ref *which, struct error **err);
 
-/* ---- qcow2-data.c: all but the first and pass_on do nothing, or 0, where there is no data file ---- */
+/* ---- qcow2-data.c: where there is no data file, fit, grow, shrink and sync do nothing ---- */
 
 #define QCOW2_DATA_CHILD "data-file"
 
@@ -459,9 +522,9 @@ int co_fn qcow2_data_grow(struct qcow2 *q, const struct request *by, uint64_t fr
 void co_fn qcow2_data_shrink(struct qcow2 *q, const struct request *by, uint64_t size);
 /* What the guest wrote is durable, if it is not in the image's own file. */
 int co_fn qcow2_sync_data(struct qcow2 *q, const struct request *by);
-/* Guest clusters that are not mapped any more; their ranges are held. */
-int co_fn qcow2_data_discard(struct qcow2 *q, const struct request *by, uint64_t first,
-                             uint64_t count);
+/* Where guest data lay: given back to the host, if discards are passed on. Nobody else may come to use it meanwhile. */
+int co_fn qcow2_data_discard(struct qcow2 *q, const struct request *by, uint64_t host_offset,
+                             uint64_t len);
 /* With raw data: zeroes and discards, which change no mapping. */
 int co_fn qcow2_data_pass_on(struct qcow2 *q, const struct request *req);
 
