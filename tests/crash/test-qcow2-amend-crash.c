@@ -32,6 +32,7 @@ struct plan {
 
     struct sim_fault fault;
     unsigned allocation; /* that fails; 0: none */
+    bool in_use;         /* before and after, in one session */
     int result;
     bool struck;
 };
@@ -86,6 +87,8 @@ static void amend(void *arg)
     struct plan *p = arg;
 
     model_open(&p->m);
+    for (unsigned k = 0; k < WRITES && p->in_use; k++)
+        model_write_somewhere(&p->m);
     if (p->allocation)
         (void)alloc_fail_at(p->allocation);
     else if (p->fault.at)
@@ -98,6 +101,8 @@ static void amend(void *arg)
     }
     if (p->result < 0 && !p->fault.at && !p->allocation)
         fprintf(stderr, "%s\n", error_text(err));
+    for (unsigned k = 0; k < WRITES && p->in_use; k++)
+        model_write_somewhere(&p->m);
     model_close(&p->m);
 }
 
@@ -160,6 +165,7 @@ static void judge(struct plan *p, uint64_t where)
     check(run_on(p, write_on, p->seed + 1, 0) == SIM_RETURNED);
     image_judge(p->m.disk, MODEL_PATH, LEAKS_AND_COPIES_ALLOWED, &v);
     p->fault.at = p->allocation = 0;
+    p->in_use = true;
     if (p->kind == KIND_WIDTH && v.by_kind[QCOW2_ERROR_NOT_COPIED])
         return; /* it wants to be repaired first */
     check(run_on(p, amend, p->seed + 2, 0) == SIM_RETURNED && p->result == 0);

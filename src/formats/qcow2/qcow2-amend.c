@@ -385,7 +385,7 @@ static int co_fn change_l1(struct expansion *x, struct snap_l1 l1)
 /* Zeroes, counted once. Nothing points there yet. */
 static int co_fn make_zero_cluster(struct snap *s, struct zero_cluster *z)
 {
-    struct qcow2_extent row;
+    struct qcow2_extent row = {.count = 0};
     uint8_t *zeroes = try_alloc(1, (size_t)qcow2_cluster_size(s->q));
     int r = zeroes ? snap_alloc_row(s, 1, &row) : snap_failed(s, -ENOMEM, "make zeroes");
 
