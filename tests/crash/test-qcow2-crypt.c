@@ -305,6 +305,44 @@ static void test_qcow2_crypt__volume_is_a_flat_array(void **state)
         model_of(seed, true);
 }
 
+/* ---- damage ---- */
+
+static void write_much(void *arg)
+{
+    struct model *m = arg;
+    uint8_t *data = xalloc(1, SIZE);
+    int r;
+
+    open_disk(m);
+    r = send_request(m->backend, REQUEST_WRITE, 0, 0, SIZE, data);
+    check(r == -EIO);
+    close_disk(m);
+    free(data);
+}
+
+/* Even where it is said to be free: what is lost there is all of the disk. */
+static void test_qcow2_crypt__luks_header_is_never_written_over(void **state)
+{
+    struct model *m = xnew(struct model);
+    uint64_t len = crypt_header_len();
+    struct sim_options o;
+    uint8_t *bytes;
+    size_t size;
+
+    (void)state;
+    m->disk = sim_disk_new();
+    crypt_put_qcow2(m->disk, TOP, "a", 3, 12, SIZE);
+    crypt_free_header(m->disk, TOP);
+    sim_options_init(&o, 1);
+    o.disk = m->disk;
+    assert_int_equal(sim_run(&o, write_much, m), SIM_RETURNED);
+    bytes = image_load(m->disk, TOP, &size);
+    assert_non_null(memmem(bytes, size, crypt_header("a"), len));
+    free(bytes);
+    m->disk = sim_disk_free(m->disk);
+    free(m);
+}
+
 /* ---- power cuts ---- */
 
 struct run {

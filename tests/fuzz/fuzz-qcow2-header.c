@@ -71,6 +71,19 @@ static void check_extensions(const struct qcow2_header *h, const uint8_t *bytes)
     }
 }
 
+/* Of an encrypted image; what is said then lies in the file. */
+static void check_encryption(const struct qcow2_header *h, uint64_t file_size)
+{
+    struct error *err = NULL;
+    uint64_t offset;
+    uint64_t len;
+
+    if (h->crypt_method == QCOW2_CRYPT_LUKS &&
+        qcow2_header_encryption(h, file_size, &offset, &len, &err) == 0)
+        check_table(h, file_size, offset, len);
+    error_free(&err);
+}
+
 static void check_support(const struct qcow2_header *h)
 {
     char name[QCOW2_FEATURE_NAME_LEN + 1];
@@ -109,6 +122,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         check_promises(&h, file_size);
         check_extensions(&h, bytes);
         check_support(&h);
+        check_encryption(&h, file_size);
         qcow2_header_release(&h);
     } else {
         must(err && strncmp(error_text(err), "node 'n': ", 10) == 0);

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from image_support import need_peer, peer_creates_encrypted, run, tools  # noqa: F401
+from image_support import cryptsetup_creates, need_peer, peer_creates_encrypted, run, tools  # noqa: F401
 
 need_peer()
 
@@ -196,3 +196,56 @@ def test_what_is_refused_is_named(tools):  # noqa: F811
         f.seek(32)
         f.write((1).to_bytes(4, "big"))
     refused("AES encryption, which is weak", "convert", *SECRETS, "--image-opts", qcow2("a.enc"), "x.raw")
+
+
+def opens(t, name, key):
+    """Does each program open it with this secret?"""
+    ours = t.cairn("io", *SECRETS, "--image-opts", "-c", "read 0 512", opts_of(name, key), ok=None).returncode
+    theirs = run("qemu-io", *SECRETS, "--image-opts", "-c", "read 0 512", opts_of(name, key), cwd=t.directory, ok=None).returncode
+    assert ours == theirs, (name, key)
+    return ours == 0
+
+
+@pytest.mark.parametrize("name", ["a.luks", "a.enc"])
+def test_key_slots_are_amended(tools, name):  # noqa: F811
+    create_luks(tools, "a.luks", size="1M")
+    create_qcow2(tools, "a.enc", size="1M")
+    our_io(tools, opts_of(name), "write -P 1 0 1M")
+    prefix = "" if name == "a.luks" else "encrypt."
+
+    def amend(options, *words, ok=(0,), key="s"):
+        return tools.ours("amend", *SECRETS, *words, "--image-opts", "-o", ",".join(prefix + o for o in options.split(",")), opts_of(name, key),
+                          ok=ok).stderr
+
+    amend(f"state=active,new-secret=t,{QUICK}")
+    assert opens(tools, name, "s") and opens(tools, name, "t")
+    tools.same_json("info", "--output=json", name)
+    assert "slot 1 is in use" in amend("state=active,new-secret=s,keyslot=1", ok=(1,))
+    amend("state=inactive,old-secret=s", key="t")
+    assert not opens(tools, name, "s") and opens(tools, name, "t")
+    assert "no key slot would be left" in amend("state=inactive,old-secret=t", key="t", ok=(1,))
+    assert "no key slot would be left" in amend("state=inactive,keyslot=1", key="t", ok=(1,))
+    amend(f"state=active,new-secret=s,keyslot=1,{QUICK}", "--force", key="t")
+    assert opens(tools, name, "s") and not opens(tools, name, "t")
+    our_io(tools, opts_of(name), "read -P 1 0 1M")
+    assert "Parameter 'state' is missing" in amend("new-secret=s", ok=(1,))
+    assert "'keyslot'" in amend("state=inactive,keyslot=8", ok=(1,))
+    assert "there is no secret 'u'" in amend("state=active,new-secret=u", ok=(1,))
+    tools.ours("check", "a.enc")
+    amend("state=inactive,keyslot=1", "--force")
+    assert not opens(tools, name, "s")
+
+
+def test_key_slots_of_others(tools):  # noqa: F811
+    key = cryptsetup_creates(tools.path("a.luks"))
+    with open(key + "2", "w", encoding="ascii") as f:
+        f.write("def")
+    tools.ours("amend", *SECRETS, "--image-opts", "-o", f"state=active,new-secret=t,keyslot=6,{QUICK}", luks("a.luks"))
+    run("cryptsetup", "open", "--test-passphrase", "--key-slot", "6", "--key-file", key + "2", tools.path("a.luks"))
+    run("cryptsetup", "-q", "luksAddKey", "--pbkdf-force-iterations", "1000", "--key-file", key + "2", tools.path("a.luks"), key)
+    run("cryptsetup", "-q", "luksKillSlot", "--key-file", key, tools.path("a.luks"), "0")
+    assert opens(tools, "a.luks", "s") and opens(tools, "a.luks", "t")
+    tools.ours("amend", *SECRETS, "--image-opts", "-o", "state=inactive,old-secret=t", luks("a.luks"))
+    dump = run("cryptsetup", "luksDump", tools.path("a.luks")).stdout
+    assert dump.count("ENABLED") == 1
+    peer_io(tools, luks("a.luks"), "read 0 512")

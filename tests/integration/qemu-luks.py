@@ -3,10 +3,11 @@
 import base64
 import os
 import subprocess
+import time
 
 import pytest
 
-from image_support import cryptsetup_creates, need_peer, peer_creates_encrypted, run
+from image_support import cryptsetup_creates, need_peer, peer_creates_encrypted, program, run
 
 nbd = pytest.importorskip("nbd")
 need_peer()
@@ -173,3 +174,64 @@ def test_secrets_on_the_command_line(start, tmp_path):
     daemon = start("--object", f"secret,id=s,file={tmp_path}/key",
                    "--blockdev", f"luks,node-name=d,key-secret=s,file.driver=file,file.filename={tmp_path}/a.luks")
     assert daemon.qmp().command("query-named-block-nodes")[1]["node-name"] == "d"
+
+
+def concluded(host, job):
+    """The error of the job, or None."""
+    while True:
+        [info] = [j for j in host.must("query-jobs") if j["id"] == job]
+        if info["status"] == "concluded":
+            break
+        time.sleep(0.02)
+    assert info["type"] == "amend"
+    host.must("job-dismiss", id=job)
+    return info.get("error")
+
+
+def amend(host, options, force=False, driver="luks"):
+    host.must("x-blockdev-amend", job_id="a", node_name="d", options=dict({"driver": driver}, **options), force=force)
+    return concluded(host, "a")
+
+
+@pytest.mark.parametrize("driver", ["luks", "qcow2"])
+def test_key_slots_are_changed_in_use(host, driver):
+    for key, text in (("s", "abc"), ("t", "def")):
+        host.must("object-add", qom_type="secret", id=key, data=text)
+    if driver == "luks":
+        cryptsetup_creates(host.path("a.luks"), size=4 * MIB)
+        host.must("blockdev-add", **host.volume("a.luks"))
+    else:
+        run(program(), "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", host.path("a.enc"), "4M")
+        host.must("blockdev-add", driver="qcow2", node_name="d", encrypt={"format": "luks", "key-secret": "s"},
+                  file={"driver": "file", "filename": host.path("a.enc")})
+
+    def change(force=False, **options):
+        options = {k.replace("_", "-"): v for k, v in options.items()}
+        return amend(host, options if driver == "luks" else {"encrypt": options}, force, driver)
+
+    h = host.connect()
+    h.pwrite(b"\1" * 4096, 0)
+    assert change(state="active", new_secret="t", iter_time=10, keyslot=6) is None
+    assert "slot 6 is in use" in change(state="active", new_secret="s", keyslot=6)
+    assert "opens no key slot" in change(state="inactive", old_secret="t", keyslot=0)
+    assert change(state="inactive", keyslot=0) is None
+    assert "no key slot would be left" in change(state="inactive", old_secret="t")
+    assert h.pread(4096, 0) == b"\1" * 4096  # by the key that the node has
+    host.remove(h)
+    options = f"driver=luks,file.filename={host.path('a.luks')}," if driver == "luks" else f"driver=qcow2,file.filename={host.path('a.enc')},encrypt."
+    for key, status in (("s", 1), ("t", 0)):
+        run("qemu-io", "--object", "secret,id=s,data=abc", "--object", "secret,id=t,data=def", "--image-opts", "-c", "read -P 1 0 4k",
+            f"{options}key-secret={key}", ok=(status,))
+
+
+def test_what_cannot_be_amended_is_named(host):
+    host.must("blockdev-add", driver="null-co", node_name="d")
+    host.must("object-add", qom_type="secret", id="s", data="abc")
+    options = {"driver": "luks", "state": "active", "new-secret": "s"}
+    host.refused("node 'd' is of driver 'null-co', not 'luks'", "x-blockdev-amend", job_id="a", node_name="d", options=options)
+    host.refused("there is no node 'e'", "x-blockdev-amend", job_id="a", node_name="e", options=options)
+    host.refused("there is no secret 'u'", "x-blockdev-amend", job_id="a", node_name="d", options=dict(options, **{"new-secret": "u"}))
+    host.refused("keyslot", "x-blockdev-amend", job_id="a", node_name="d", options=dict(options, keyslot=8))
+    host.refused("nothing to amend", "x-blockdev-amend", job_id="a", node_name="d", options={"driver": "qcow2"})
+    assert host.must("query-jobs") == []

@@ -96,6 +96,26 @@ static inline void crypt_put_qcow2(struct sim_disk *disk, const char *path, cons
     free(bytes);
 }
 
+/* The refcounts say that the LUKS header's clusters are free; the image has 16 bits for each. */
+static inline void crypt_free_header(struct sim_disk *disk, const char *path)
+{
+    size_t size;
+    uint8_t *bytes = image_load(disk, path, &size);
+    unsigned bits = load_be32(bytes + QCOW2_OFFSET_CLUSTER_BITS);
+    uint64_t table = load_be64(bytes + QCOW2_OFFSET_REFCOUNT_TABLE_OFFSET);
+    uint64_t per_block = (uint64_t)1 << (bits - 1);
+    uint64_t at = load_be64(bytes + QCOW2_HEADER_LENGTH_V3 + QCOW2_EXTENSION_HEAD);
+    uint64_t end = at + load_be64(bytes + QCOW2_HEADER_LENGTH_V3 + QCOW2_EXTENSION_HEAD + 8);
+
+    for (uint64_t n = at >> bits; n < end >> bits; n++) {
+        uint64_t block = load_be64(bytes + table + n / per_block * 8);
+
+        store_be16(bytes + block + n % per_block * 2, 0);
+    }
+    sim_disk_write(disk, path, 0, bytes, size);
+    free(bytes);
+}
+
 /* Both passwords, as secrets of their own names. */
 static inline void crypt_add_secrets(struct graph *g)
 {

@@ -544,6 +544,7 @@ static void co_fn every_slot_opens(struct memory_store *m)
 /* One change, cut off at a random operation; then the volume opens, and with the same key. */
 static void co_fn cut_off(void *arg)
 {
+    static const unsigned slots[] = {1, 6, 6, 7}; /* slot 6 lies in both sectors */
     struct prng prng = {.state = *(const uint64_t *)arg};
     struct secret b = secret_of("b");
     struct secret c = secret_of("c");
@@ -565,18 +566,18 @@ static void co_fn cut_off(void *arg)
                                      .slot = 5 + (unsigned)prng_below(&prng, 3)),
                                NULL),
                          0);
-    switch (prng_below(&prng, 3)) {
-    case 0: /* another password, in a slot that lies in either sector of the header, or in both */
-        change.has_slot = true;
-        change.slot = 1 + (unsigned)prng_below(&prng, 7);
-        change.force = true;
-        break;
-    case 1: /* the only one is replaced */
+    switch (prng_below(&prng, 4)) {
+    case 0: /* the only one is replaced */
         change.has_slot = true;
         change.force = true;
         break;
-    case 2: /* one is erased */
+    case 1: /* one is erased */
         change = two ? (struct luks_amend){.old_secret = &b} : change;
+        break;
+    default: /* another password, in a slot that lies in either sector of the header, or in both */
+        change.has_slot = true;
+        change.slot = slots[prng_below(&prng, ARRAY_SIZE(slots))];
+        change.force = true;
         break;
     }
     m.operations = 0;

@@ -4,6 +4,7 @@
 #include "base/keyval.h"
 #include "base/macros.h"
 #include "base/number.h"
+#include "cli/image/amend-keys.h"
 #include "cli/image/tool.h"
 #include "formats/qcow2/qcow2-amend.h"
 
@@ -25,6 +26,9 @@ struct amend {
     const char *backing_file; /* in `tree` */
     const char *backing_format;
     json_t *tree;
+    json_t *keys;        /* of key slots; in `tree`, or NULL */
+    json_t *volume_keys; /* the same of a LUKS volume, whose options have no prefix; or NULL */
+    bool only_keys;
     bool has_raw; /* data_file_raw is said */
     bool raw;
 };
@@ -110,16 +114,27 @@ static const struct {
     {"size", set_size, "<size>            - Virtual disk size"},
 };
 
-static void print_options(void)
+static void print_options(const char *format)
 {
-    printf("Amend options for 'qcow2':\n");
+    printf("Amend options for '%s':\n", format);
+    if (strcmp(format, "luks") == 0) {
+        amend_keys_help("");
+        return;
+    }
     for (size_t i = 0; i < ARRAY_SIZE(known); i++)
         printf("  %s=%s\n", known[i].name, known[i].help);
+    amend_keys_help("encrypt.");
 }
 
-static int set_one(struct amend *x, const char *key, const json_t *value, struct error **err)
+static int set_key_option(struct amend *x, const char *key, json_t *value)
 {
-    static const char *const refused[] = {"encrypt"};
+    if (!x->volume_keys)
+        x->volume_keys = json_object();
+    return json_object_set(x->volume_keys, key, value) == 0 ? 0 : -ENOMEM;
+}
+
+static int set_one(struct amend *x, const char *key, json_t *value, struct error **err)
+{
     const char *text = json_string_value(value);
 
     for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
@@ -127,10 +142,12 @@ static int set_one(struct amend *x, const char *key, const json_t *value, struct
             return text ? known[i].set(x, text, err)
                         : error_set(err, EINVAL, "Invalid parameter '%s'", key);
     }
-    for (size_t i = 0; i < ARRAY_SIZE(refused); i++) {
-        if (strcmp(key, refused[i]) == 0)
-            return error_set(err, ENOTSUP, "option '%s': it is not supported yet", key);
+    if (strcmp(key, "encrypt") == 0 && json_is_object(value)) {
+        x->keys = value;
+        return amend_keys_check(value, err);
     }
+    if (text && amend_keys_is_option(key))
+        return set_key_option(x, key, value);
     return error_set(err, EINVAL, "Invalid parameter '%s': it cannot be amended", key);
 }
 
@@ -152,7 +169,8 @@ static int read_all(struct amend *x, struct error **err)
         if (r < 0)
             return r;
     }
-    return 0;
+    x->only_keys = json_object_size(x->tree) == (x->keys ? 1 : json_object_size(x->volume_keys));
+    return x->volume_keys ? amend_keys_check(x->volume_keys, err) : 0;
 }
 
 static bool wants_help(const char *options)
@@ -201,9 +219,18 @@ static int co_fn control_fn check_first(struct graph *g, const struct amend *x, 
         return r;
     image_warn_probed(&image);
     top = &image.layers[0];
+    if (strcmp(top->format, "luks") == 0) {
+        if (!x->volume_keys || !x->only_keys)
+            r = error_set(err, EINVAL, "of a LUKS volume only key slots can be amended");
+        image_co_close(&image);
+        return r;
+    }
     if (!top->header.version || strcmp(top->format, "qcow2") != 0)
         r = error_set(err, ENOTSUP, "Format driver '%s' does not support option amendment",
                       top->format);
+    else if (x->volume_keys)
+        r = error_set(err, EINVAL,
+                      "key slots of a qcow2 image are amended by encrypt.state and so on");
     if (r == 0)
         r = check_backing(x, &top->header, err);
     if (r == 0)
@@ -233,8 +260,12 @@ static int co_fn control_fn change(const struct amend *x, struct image *image, s
 {
     struct qcow2_amendment first = x->what;
     struct qcow2_amendment last = {.version = 2};
-    int r;
+    int r = 0;
 
+    if (x->keys || x->volume_keys)
+        r = amend_keys_co(image, x->keys ? x->keys : x->volume_keys, x->force, err);
+    if (r < 0 || x->only_keys)
+        return r;
     if (first.version == 2)
         first.version = 0;
     first.data_not_raw = x->has_raw && !x->raw;
@@ -296,7 +327,8 @@ static int read_option(struct amend *x, int opt, struct error **err)
         x->progress = false;
         return 0;
     case FORCE:
-        return error_set(err, ENOTSUP, "--force: there are no key slots to overwrite yet");
+        x->force = true;
+        return 0;
     case TOOL_IMAGE_OPTS:
         x->spec.options = true;
         return 0;
@@ -311,11 +343,12 @@ static int amend_with(struct amend *x, int argc, char **argv, struct error **err
 
     if (!x->options)
         return cli_usage(err, "Must specify options (-o)");
-    if (wants_help(x->options) && x->spec.format && strcmp(x->spec.format, "qcow2") != 0)
+    if (wants_help(x->options) && x->spec.format && strcmp(x->spec.format, "qcow2") != 0 &&
+        strcmp(x->spec.format, "luks") != 0)
         return error_set(err, ENOTSUP, "Format driver '%s' does not support option amendment",
                          x->spec.format);
     if (wants_help(x->options)) {
-        print_options();
+        print_options(x->spec.format ? x->spec.format : "qcow2");
         return 0;
     }
     if (argc - optind != 1)
@@ -348,6 +381,7 @@ static int amend_run(int argc, char **argv, struct error **err)
     if (r == 0)
         r = amend_with(&x, argc, argv, err);
     json_decref(x.tree);
+    json_decref(x.volume_keys);
     free(x.options);
     return r;
 }
@@ -357,10 +391,14 @@ const struct cli_command amend_command = {
     .summary = "change the version, size or refcounts of an image",
     .arguments = "[OPTION]... -o OPTIONS FILE",
     .help =
-        "Changes what a qcow2 image is besides its content.\n"
+        "Changes what a qcow2 image is besides its content, and which passwords open an encrypted image.\n"
         "\n"
         "  -o KEY=VALUE,...   compat=0.10|1.1, refcount_bits=1..64, lazy_refcounts=on|off, size=SIZE; -o help lists them\n"
-        "  -f FORMAT          of FILE: qcow2; by default it is probed\n"
+        "                     encrypt.state=active,encrypt.new-secret=ID: one more password; encrypt.state=inactive with\n"
+        "                     encrypt.old-secret=ID or encrypt.keyslot=N: one less. Of a LUKS volume without `encrypt.`\n"
+        "  -f FORMAT          of FILE: qcow2 or luks; by default it is probed\n"
+        "      --force        even if a password in use is overwritten, or none is left\n"
+        "      --object secret,id=ID,file=PATH   a password\n"
         "  -t CACHE           of FILE (writeback): none, writeback, writethrough, directsync, unsafe\n"
         "  -p, -q             show progress; do not\n"
         "      --image-opts   FILE is options: driver=qcow2,file.filename=PATH\n"
