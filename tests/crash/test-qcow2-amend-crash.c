@@ -253,12 +253,14 @@ static void choose(struct plan *p)
     switch (p->kind) {
     case KIND_UPGRADE:
         s->version = 2;
+        s->extended = false;
         s->refcount_order = 4;
         p->what.version = 3;
         break;
     case KIND_DOWNGRADE:
     case KIND_DOWNGRADE_BASED:
         s->version = 3;
+        s->extended = false; /* version 2 cannot have it */
         s->refcount_order = 4;
         p->what.version = 2;
         break;
