@@ -37,7 +37,7 @@ static inline void qcow2_shape_random(struct qcow2_shape *s, struct prng *prng, 
         s->refcount_order = (unsigned)prng_below(prng, 7);
     if (s->version == 3 && prng_chance(prng, 250)) {
         s->extended = true;
-        s->cluster_bits = MAX(s->cluster_bits, 14);
+        s->cluster_bits = MAX(s->cluster_bits, 14u);
     }
 }
 
