@@ -14,7 +14,7 @@
 
 #include "../support/qcow2-make.h"
 #include "base/macros.h"
-#include "fuzz-sim.h"
+#include "fuzz-luks.h"
 
 #define FUZZ_IMAGE       "/disk/image"
 #define FUZZ_DATA        "/disk/data"
@@ -30,6 +30,7 @@ enum fuzz_extra {
     FUZZ_COMPRESSED = 1 << 3, /* every other mapping is to compressed bytes */
     FUZZ_DATA_FILE = 1 << 4,  /* version 3 */
     FUZZ_EXTENDED = 1 << 5,   /* version 3, clusters of 16 KiB at least */
+    FUZZ_LUKS = 1 << 6,       /* version 3 */
 };
 
 /* Version 3. */
@@ -47,7 +48,11 @@ struct fuzz_image {
     uint8_t *bytes;
     size_t len;
     uint64_t cluster;
-    uint64_t extra; /* offset of the clusters above */
+    uint64_t extra;     /* offset of the clusters above */
+    uint64_t luks;      /* offset of a LUKS header, or 0 */
+    uint64_t file_len;  /* a LUKS header ends it, most of which is zeroes: `len` is less */
+    uint8_t *extension; /* where the next one goes */
+    bool has_data_file;
 };
 
 enum fuzz_place {
@@ -59,6 +64,7 @@ enum fuzz_place {
     FUZZ_PLACE_SNAPSHOTS, /* and their L1 table behind */
     FUZZ_PLACE_BITMAPS,   /* and the table behind */
     FUZZ_PLACE_ANY,
+    FUZZ_PLACE_LUKS,
     FUZZ_PLACES,
 };
 
@@ -84,6 +90,8 @@ static uint64_t fuzz_place_offset(const struct fuzz_image *i, enum fuzz_place pl
         return i->extra;
     case FUZZ_PLACE_BITMAPS:
         return i->extra + 2 * i->cluster;
+    case FUZZ_PLACE_LUKS:
+        return i->luks;
     }
     return 0;
 }
@@ -180,19 +188,18 @@ static void fuzz_put_snapshot(struct fuzz_image *i, const struct qcow2_shape *sh
     fuzz_set_refcount(i, shape->refcount_order, i->extra / i->cluster + 1, 1);
 }
 
-/* The extension lies behind the header and the name of the data file. */
 static void fuzz_put_bitmap(struct fuzz_image *i, const struct qcow2_shape *shape)
 {
     uint64_t directory = i->extra + 2 * i->cluster;
-    uint8_t *extension = i->bytes + load_be32(i->bytes + 100) + (shape->data_file ? 8 + 8 : 0);
     uint8_t *b = i->bytes + directory;
 
     i->bytes[95] |= 1;
-    store_be32(extension, 0x23852875);
-    store_be32(extension + 4, 24);
-    store_be32(extension + 8, 1);
-    store_be64(extension + 16, 32);
-    store_be64(extension + 24, directory);
+    store_be32(i->extension, 0x23852875);
+    store_be32(i->extension + 4, 24);
+    store_be32(i->extension + 8, 1);
+    store_be64(i->extension + 16, 32);
+    store_be64(i->extension + 24, directory);
+    i->extension += 32;
     store_be64(b, directory + i->cluster);
     store_be32(b + 8, 1);
     store_be32(b + 12, 2); /* it records */
@@ -204,6 +211,21 @@ static void fuzz_put_bitmap(struct fuzz_image *i, const struct qcow2_shape *shap
     b[2 * i->cluster] = 0x5;
     for (unsigned n = 2; n < FUZZ_EXTRA_CLUSTERS; n++)
         fuzz_set_refcount(i, shape->refcount_order, i->extra / i->cluster + n, 1);
+}
+
+static void fuzz_put_luks(struct fuzz_image *i, const struct qcow2_shape *shape)
+{
+    const struct fuzz_luks *sound = fuzz_luks_sound();
+
+    store_be32(i->bytes + 32, 2);
+    store_be32(i->extension, 0x0537be77);
+    store_be32(i->extension + 4, 16);
+    store_be64(i->extension + 8, i->luks);
+    store_be64(i->extension + 16, sound->len);
+    i->extension += 24;
+    memcpy(i->bytes + i->luks, sound->bytes, FUZZ_LUKS_BYTES);
+    for (uint64_t at = i->luks; at < i->luks + sound->len; at += i->cluster)
+        fuzz_set_refcount(i, shape->refcount_order, at / i->cluster, 1);
 }
 
 /* Stored blocks of deflate: what begins each cluster of data. */
@@ -250,6 +272,9 @@ static void fuzz_put_extras(struct fuzz_image *i, const struct qcow2_shape *shap
 
     if (shape->version == 3)
         i->bytes[79] |= data[6] & (FUZZ_DIRTY | FUZZ_CORRUPT); /* as the format has them */
+    i->extension = i->bytes + 112 + (shape->data_file ? 8 + 8 : 0);
+    if (i->luks)
+        fuzz_put_luks(i, shape);
     if (data[4] & FUZZ_SNAPSHOT)
         fuzz_put_snapshot(i, shape, !dirty);
     if (data[4] & FUZZ_BITMAP && shape->version == 3)
@@ -258,34 +283,49 @@ static void fuzz_put_extras(struct fuzz_image *i, const struct qcow2_shape *shap
         fuzz_put_compressed(i, shape);
 }
 
+/* Sound, but for what the marks say. The caller's to free. */
+static void fuzz_make_sound(struct fuzz_image *ret, const uint8_t *data)
+{
+    struct qcow2_shape shape;
+    uint8_t *sound;
+    size_t len;
+
+    fuzz_shape(&shape, data);
+    sound = qcow2_make(&shape, &len);
+    *ret = (struct fuzz_image){.cluster = (uint64_t)1 << shape.cluster_bits, .extra = len};
+    ret->file_len = ret->len = len + FUZZ_EXTRA_CLUSTERS * ret->cluster;
+    if (data[4] & FUZZ_LUKS && shape.version == 3) {
+        ret->luks = ret->len;
+        ret->len = ret->luks + FUZZ_LUKS_BYTES;
+        ret->file_len = ret->luks + fuzz_luks_sound()->len;
+    }
+    ret->bytes = xalloc(1, ret->len);
+    memcpy(ret->bytes, sound, len);
+    free(sound);
+    fuzz_put_extras(ret, &shape, data);
+    ret->has_data_file = shape.data_file;
+}
+
 /* Makes it as a file of the disk, or two; false if the input is too short. */
 static bool fuzz_make_image(struct sim_disk *disk, const uint8_t *data, size_t size)
 {
     struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR};
-    struct qcow2_shape shape;
     struct fuzz_image i;
-    uint8_t *sound;
-    size_t len;
 
     if (size < FUZZ_HEAD)
         return false;
-    fuzz_shape(&shape, data);
-    i.cluster = (uint64_t)1 << shape.cluster_bits;
-    sound = qcow2_make(&shape, &len);
-    i.extra = len;
-    i.len = len + FUZZ_EXTRA_CLUSTERS * i.cluster;
-    i.bytes = xalloc(1, i.len);
-    memcpy(i.bytes, sound, len);
-    free(sound);
-    fuzz_put_extras(&i, &shape, data);
+    fuzz_make_sound(&i, data);
     for (size_t at = FUZZ_HEAD; at + FUZZ_PATCH <= size && at < FUZZ_PATCHES_MAX * FUZZ_PATCH;
          at += FUZZ_PATCH)
         fuzz_patch(&i, data + at);
+    if (i.luks)
+        fuzz_luks_tame(i.bytes + i.luks);
+    setup.size = i.file_len - i.file_len * data[5] / 256;
     sim_disk_make(disk, FUZZ_IMAGE, &setup);
-    sim_disk_write(disk, FUZZ_IMAGE, 0, i.bytes, i.len - i.len * data[5] / 256);
+    sim_disk_write(disk, FUZZ_IMAGE, 0, i.bytes, MIN((uint64_t)i.len, setup.size));
     free(i.bytes);
     setup.size = FUZZ_SIZE;
-    if (shape.data_file)
+    if (i.has_data_file)
         sim_disk_make(disk, FUZZ_DATA, &setup);
     return true;
 }

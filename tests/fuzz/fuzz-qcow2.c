@@ -5,13 +5,15 @@
  *
  * Byte 3 of an input: 1: read-only; 2, 4, 8: a snapshot is made, one is applied, one is deleted; 16: the image is emptied;
  * 32: the snapshot is shown, read-only; 64: bitmaps are added, merged, removed; 128: the image is checked while it is used.
- * Byte 7: 1: overlap-check=all; 2: it becomes one of version 3; 4: refcounts get another width; 8: to version 2, to lazy refcounts.
+ * Byte 7: 1: overlap-check=all; 2: it becomes one of version 3; 4: refcounts get another width; 8: to version 2, to lazy refcounts;
+ * 16: another key slot comes into use.
  */
 #include "base/macros.h"
 #include "bitmaps/dirty-bitmap.h"
 #include "formats/list.h"
 #include "formats/qcow2/qcow2-amend.h"
 #include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/qcow2-crypt.h"
 #include "formats/qcow2/qcow2-snapshot.h"
 #include "fuzz-qcow2-image.h"
 #include "graph/backend.h"
@@ -29,6 +31,7 @@ struct input {
     uint8_t what;
     uint8_t how;
     uint8_t width;
+    bool encrypted;
     struct graph *graph;
     struct backend *backend;
     uint8_t data[CHUNK];
@@ -181,6 +184,16 @@ static int co_fn amend(struct input *in, struct error **err)
     return qcow2_co_amend(in->backend, &a, err);
 }
 
+static void co_fn control_fn change_slots(struct input *in)
+{
+    AUTO(error_free) struct error *err = NULL;
+    struct secret fresh = secret_of("fresh");
+    struct luks_amend a = {
+        .activate = true, .new_secret = &fresh, .has_iter_ms = true, .iter_ms = 1};
+
+    (void)qcow2_co_amend_keys(in->backend, &a, &err);
+}
+
 /* After a failure the image may have to be opened anew. */
 static void co_fn control_fn change_image(struct input *in)
 {
@@ -213,6 +226,7 @@ static int co_fn control_fn add_disk(struct input *in, struct error **err)
     struct qcow2_snapshot_ref snapshot = {.kind = QCOW2_SNAPSHOT_REF_ANY};
     struct qcow2_overlap_checks checks = {.kind = QCOW2_OVERLAP_CHECKS_MODE,
                                           .mode = QCOW2_OVERLAP_CHECK_MODE_ALL};
+    struct qcow2_encryption encryption = {.key_secret = (char *)(uintptr_t)FUZZ_SECRET};
     struct node_options disk = {
         .driver = NODE_DRIVER_QCOW2,
         .node_name = (char *)(uintptr_t) "top",
@@ -229,6 +243,8 @@ static int co_fn control_fn add_disk(struct input *in, struct error **err)
     snapshot.any = (char *)(uintptr_t) "1";
     if (in->what & 32)
         disk.u.qcow2.snapshot = &snapshot;
+    if (in->encrypted)
+        disk.u.qcow2.encrypt = &encryption;
     if (in->how & 1)
         disk.u.qcow2.overlap_check = &checks;
     disk.u.qcow2.l2_cache_size = 1 << 20;
@@ -243,6 +259,7 @@ static void co_fn control_fn run_input(void *arg)
                             .tolerates = ACCESS_ALL};
 
     in->graph = graph_new(drivers);
+    fuzz_luks_add_secret(in->graph);
     if (add_disk(in, &err) == 0 &&
         backend_co_new(&in->backend, in->graph, "top", access, "fuzzer", &err) == 0) {
         if (backend_attach(in->backend) < 0)
@@ -251,6 +268,8 @@ static void co_fn control_fn run_input(void *arg)
         if (!is_read_only(in)) {
             if (in->what & 64)
                 change_bitmaps(in);
+            if (in->how & 16)
+                change_slots(in);
             resize(in, FUZZ_SIZE / 2);
             resize(in, FUZZ_SIZE * 2);
             send_some(in, REQUEST_WRITE, 0, FUZZ_SIZE + 5000, 9000);
@@ -270,7 +289,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         sim_disk_free(disk);
         return 0;
     }
-    in = (struct input){.what = data[3], .how = data[7], .width = data[1]};
+    in = (struct input){
+        .what = data[3], .how = data[7], .width = data[1], .encrypted = data[4] & FUZZ_LUKS};
     fuzz_run(disk, run_input, &in);
     return 0;
 }
