@@ -162,7 +162,7 @@ static bool damaged_init(struct damaged *d, uint64_t seed)
 
     *d = (struct damaged){.seed = seed, .how = QCOW2_REPAIR_ALL, .memory_max = 1 << 24};
     qcow2_shape_random(&d->shape, &prng, 0);
-    d->shape.cluster_bits = MIN(d->shape.cluster_bits, d->shape.extended ? 14 : 12);
+    d->shape.cluster_bits = MIN(d->shape.cluster_bits, d->shape.extended ? 14u : 12u);
     d->shape.size = GUEST << d->shape.cluster_bits;
     d->shape.allocated = GUEST;
     d->by_open = prng_chance(&prng, 300);
