@@ -77,6 +77,7 @@ static void describe(const struct node *node, struct block_device_info *ret)
     ret->node_name = xstrdup(node_name(node));
     ret->ro = settings->read_only;
     ret->drv = xstrdup(driver->name);
+    ret->encrypted = driver->encrypted && driver->encrypted(node);
     describe_backing(node, ret);
     ret->detect_zeroes = DETECT_ZEROES_MODE_OFF;
     ret->image.filename = xstrdup(ret->file);

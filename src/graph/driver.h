@@ -106,6 +106,7 @@ struct driver {
 
     /* What queries show; all may be NULL. The text belongs to the node. */
     const char *(*filename)(const struct node *node);
+    bool (*encrypted)(const struct node *node);
     uint64_t (*allocated_bytes)(const struct node *node);
     uint64_t (*cluster_bytes)(
         const struct node *node); /* the unit of allocation; 0: there is none */

@@ -253,18 +253,27 @@ static void look_for_words(struct model *m, const char *path)
     free(bytes);
 }
 
+static void make_image(struct sim_disk *disk, const char *path, const char *password,
+                       unsigned version, struct prng *prng)
+{
+    static const unsigned sizes[] = {9, 9, 10, 12, 14, 16};
+    unsigned bits = sizes[prng_below(prng, ARRAY_SIZE(sizes))];
+
+    crypt_put_qcow2(disk, path, password, version, bits,
+                    version == 3 && bits >= 14 && prng_chance(prng, 600), SIZE);
+}
+
 static void make_disks(struct sim_disk *disk, struct prng *prng, bool is_luks, bool has_base)
 {
-    static const unsigned bits[] = {9, 9, 10, 12, 14, 16};
     unsigned version = has_base || prng_chance(prng, 600) ? 3 : 2;
 
     if (is_luks) {
         crypt_put_luks(disk, TOP, "a", SIZE);
         return;
     }
-    crypt_put_qcow2(disk, TOP, "a", version, bits[prng_below(prng, ARRAY_SIZE(bits))], SIZE);
+    make_image(disk, TOP, "a", version, prng);
     if (has_base)
-        crypt_put_qcow2(disk, BASE, "b", 3, bits[prng_below(prng, ARRAY_SIZE(bits))], SIZE);
+        make_image(disk, BASE, "b", 3, prng);
 }
 
 static void model_of(uint64_t seed, bool is_luks)
@@ -331,7 +340,7 @@ static void test_qcow2_crypt__luks_header_is_never_written_over(void **state)
 
     (void)state;
     m->disk = sim_disk_new();
-    crypt_put_qcow2(m->disk, TOP, "a", 3, 12, SIZE);
+    crypt_put_qcow2(m->disk, TOP, "a", 3, 12, false, SIZE);
     crypt_free_header(m->disk, TOP);
     sim_options_init(&o, 1);
     o.disk = m->disk;

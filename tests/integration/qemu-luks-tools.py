@@ -12,7 +12,7 @@ need_peer()
 SECRETS = ["--object", "secret,id=s,data=abc", "--object", "secret,id=t,data=def"]
 QUICK = "iter-time=10"
 LUKS_KINDS = ["", "cipher-alg=aes-128,hash-alg=sha512", "cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256", "cipher-alg=aes-192,ivgen-alg=plain"]
-QCOW2_KINDS = ["", "cluster_size=512", "cluster_size=2M", "compat=0.10,cluster_size=4k", "preallocation=metadata", "lazy_refcounts=on,refcount_bits=64"]
+QCOW2_KINDS = ["", "cluster_size=512", "cluster_size=2M", "compat=0.10,cluster_size=4k", "preallocation=metadata", "extended_l2=on", "extended_l2=on,preallocation=metadata", "lazy_refcounts=on,refcount_bits=64"]
 
 
 def joined(*options):

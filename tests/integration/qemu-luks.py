@@ -210,6 +210,8 @@ def test_key_slots_are_changed_in_use(host, driver):
         options = {k.replace("_", "-"): v for k, v in options.items()}
         return amend(host, options if driver == "luks" else {"encrypt": options}, force, driver)
 
+    [node] = [n for n in host.must("query-named-block-nodes") if n["node-name"] == "d"]
+    assert node["encrypted"] is True
     h = host.connect()
     h.pwrite(b"\1" * 4096, 0)
     assert change(state="active", new_secret="t", iter_time=10, keyslot=6) is None

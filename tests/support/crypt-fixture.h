@@ -77,7 +77,8 @@ static inline void crypt_put_luks(struct sim_disk *disk, const char *path, const
 
 /* An empty qcow2 image, encrypted. */
 static inline void crypt_put_qcow2(struct sim_disk *disk, const char *path, const char *password,
-                                   unsigned version, unsigned cluster_bits, uint64_t size)
+                                   unsigned version, unsigned cluster_bits, bool subclusters,
+                                   uint64_t size)
 {
     struct qcow2_create_options o = QCOW2_CREATE_OPTIONS_INIT;
     struct qcow2_layout l;
@@ -87,6 +88,7 @@ static inline void crypt_put_qcow2(struct sim_disk *disk, const char *path, cons
     o.version = version;
     o.cluster_bits = cluster_bits;
     o.size = size;
+    o.extended_l2 = subclusters;
     o.luks_len = crypt_header_len();
     check(qcow2_layout_make(&o, &l, &err) == 0);
     bytes = xalloc(1, l.file_size);

@@ -292,8 +292,9 @@ static void co_fn one_of_crowd(void *arg)
     uint8_t *plain = xalloc(1, LONG);
     uint8_t *out = xalloc(1, LONG);
 
-    for (unsigned i = 0; i < 20; i++) {
-        size_t len = i % 3 == 2 ? LONG : 4096;
+    /* Long enough for all to be at it together. */
+    for (unsigned i = 0; i < 3000; i++) {
+        size_t len = i % 300 == 2 ? LONG : 4096;
         struct iovec iov = {plain, len};
 
         assert_int_equal(sector_cipher_co_encrypt(crowd->c, 5, &iov, 1, out), 0);

@@ -138,6 +138,12 @@ int luks_node_co_amend(struct backend *b, const struct luks_amend *a, struct err
     return r < 0 ? error_wrap(err, r, "node '%s'", node_name(node)) : 0;
 }
 
+static bool luks_encrypted(const struct node *node)
+{
+    (void)node;
+    return true;
+}
+
 const struct driver luks_driver = {
     .name = "luks",
     .kind = DRIVER_FORMAT,
@@ -150,4 +156,5 @@ const struct driver luks_driver = {
     .co_write = luks_co_write,
     .co_flush = luks_co_flush,
     .co_resize = luks_co_resize,
+    .encrypted = luks_encrypted,
 };

@@ -382,6 +382,13 @@ static uint64_t qcow2_allocated_bytes(const struct node *node)
     return bytes + data;
 }
 
+static bool qcow2_encrypted(const struct node *node)
+{
+    const struct qcow2 *q = node_state(node);
+
+    return q->crypt;
+}
+
 static uint64_t qcow2_cluster_bytes(const struct node *node)
 {
     return qcow2_cluster_size(node_state(node));
@@ -407,6 +414,7 @@ const struct driver qcow2_driver = {
     .co_resize = qcow2_co_resize,
     .unresolved = qcow2_unresolved,
     .filename = qcow2_filename,
+    .encrypted = qcow2_encrypted,
     .allocated_bytes = qcow2_allocated_bytes,
     .cluster_bytes = qcow2_cluster_bytes,
 };
