@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from image_support import need_peer, run, tools  # pylint: disable=unused-import
-from nbd_support import Daemon, QmpError
+from nbd_support import Daemon, QmpError, wait_until
 
 need_peer()
 
@@ -207,6 +207,7 @@ def test_the_daemon_takes_it_as_a_child(tmp_path):
         assert said.returncode == 1 and b"lock" in said.stderr + said.stdout
         daemon.export("n", writable=True)
         run("qemu-io", "-f", "raw", "-c", "read -P 3 70k 4k", "-c", "write -P 8 3M 64k", "-c", "flush", daemon.uri("n"))
+        wait_until(lambda: not daemon.clients("n"))
         daemon.qmp("block-export-del", id="e-n")
     shutil.move(other, data)
     run("qemu-io", "-f", "qcow2", "-c", "read -P 8 3M 64k", "-c", "read -P 3 70k 4k", str(image))

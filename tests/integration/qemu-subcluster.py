@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from image_support import need_peer, tools  # pylint: disable=unused-import
-from nbd_support import Daemon
+from nbd_support import Daemon, wait_until
 
 need_peer()
 
@@ -17,6 +17,18 @@ UNITS = ["cluster_size=16k", "cluster_size=128k", "cluster_size=64k,data_file=x.
 
 def make(tools, options, size="4M"):
     tools.cairn("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "-o", options + ",extended_l2=on", "x.qcow2", size)
+
+
+def through_us(tools, *commands):
+    """qemu-io's commands, on the image as the daemon serves it."""
+    with Daemon() as daemon:
+        daemon.qmp("blockdev-add", driver="qcow2", node_name="n", discard="unmap",
+                   file={"driver": "file", "filename": tools.path("x.qcow2")})
+        daemon.export("n", writable=True)
+        words = [w for c in commands for w in ("-c", c)]
+        subprocess.run(["qemu-io", "-f", "raw", "-d", "unmap", *words, daemon.uri("n")], check=True, capture_output=True)
+        wait_until(lambda: not daemon.clients("n"))
+        daemon.qmp("block-export-del", id="e-n")
 
 
 def some_requests(rng, count=25):
@@ -37,13 +49,7 @@ def test_maps_agree(tools, options):
     make(tools, options)
     for _ in range(3):
         tools.io("x.qcow2", *some_requests(rng))
-        with Daemon() as daemon:
-            daemon.qmp("blockdev-add", driver="qcow2", node_name="n", discard="unmap",
-                       file={"driver": "file", "filename": tools.path("x.qcow2")})
-            daemon.export("n", writable=True)
-            words = [w for c in some_requests(rng) for w in ("-c", c)]
-            subprocess.run(["qemu-io", "-f", "raw", "-d", "unmap", *words, daemon.uri("n")], check=True, capture_output=True)
-            daemon.qmp("block-export-del", id="e-n")
+        through_us(tools, *some_requests(rng))
         tools.same("map", "--output=json", "x.qcow2")
         tools.same("map", "x.qcow2")
         tools.same("check", "x.qcow2")
@@ -57,12 +63,7 @@ def test_a_small_write_copies_a_subcluster(tools):
     tools.peer("create", "-q", "-f", "qcow2", "base.qcow2", "4M")
     tools.io("base.qcow2", "write -P 1 0 4M")
     make(tools, "cluster_size=128k")
-    with Daemon() as daemon:
-        daemon.qmp("blockdev-add", driver="qcow2", node_name="n", file={"driver": "file", "filename": tools.path("x.qcow2")})
-        daemon.export("n", writable=True)
-        subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 9 1032k 4k", "-c", "write -P 8 2000k 1k", daemon.uri("n")], check=True,
-                       capture_output=True)
-        daemon.qmp("block-export-del", id="e-n")
+    through_us(tools, "write -P 9 1032k 4k", "write -P 8 2000k 1k")
     shown = json.loads(tools.peer("map", "--output=json", "x.qcow2").stdout)
     assert [(e["start"], e["length"]) for e in shown if e["depth"] == 0] == [(1032 * KIB, 4 * KIB), (2000 * KIB, 4 * KIB)]
     tools.peer("check", "-q", "x.qcow2")
@@ -93,11 +94,7 @@ def test_snapshots_keep_their_subclusters(tools):
     tools.cairn("snapshot", "-c", "one", "x.qcow2")
     tools.io("x.qcow2", "write -P 3 66k 4k", "discard 64k 2k")
     tools.peer("check", "-q", "x.qcow2")
-    with Daemon() as daemon:
-        daemon.qmp("blockdev-add", driver="qcow2", node_name="n", file={"driver": "file", "filename": tools.path("x.qcow2")})
-        daemon.export("n", writable=True)
-        subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 9 100k 4k", daemon.uri("n")], check=True, capture_output=True)
-        daemon.qmp("block-export-del", id="e-n")
+    through_us(tools, "write -P 9 100k 4k")
     tools.peer("check", "-q", "x.qcow2")
     tools.cairn("snapshot", "-a", "one", "x.qcow2")
     tools.equal("x.qcow2", "one.raw")
