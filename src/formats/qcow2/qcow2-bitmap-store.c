@@ -216,7 +216,7 @@ static int co_fn store_bits(struct storing *s, const struct bitmap *bits, uint8_
     uint64_t len;
     int r = 0;
 
-    for (uint64_t at = 0; r == 0 && bitmap_next_dirty(bits, at, size, &offset, &len);) {
+    for (uint64_t at = 0; bitmap_next_dirty(bits, at, size, &offset, &len);) {
         uint64_t index = offset / covers;
         uint64_t end = offset + len;
         uint64_t entry = QCOW2_BITMAP_TABLE_ONES;
@@ -224,6 +224,8 @@ static int co_fn store_bits(struct storing *s, const struct bitmap *bits, uint8_
         at = (index + 1) * covers;
         if (offset > index * covers || end < at)
             r = store_cluster(s, bits, index, &run, &entry);
+        if (r < 0)
+            break;
         store_be64(table + index * QCOW2_ENTRY_LEN, entry);
         for (; entry == QCOW2_BITMAP_TABLE_ONES && end - at >= covers; at += covers)
             store_be64(table + at / covers * QCOW2_ENTRY_LEN, entry);
