@@ -435,6 +435,59 @@ static void test_qcow2_repair__dirty_image_is_repaired_by_open(void **state)
     damaged_release(&d);
 }
 
+/* What a snapshot that is gone has left: counted twice, used once, without the flag. Repaired as leaks it is no damage afterwards. */
+static void test_qcow2_repair__leaks_take_their_flags_with_them(void **state)
+{
+    struct damaged d;
+    uint64_t table;
+    uint64_t block;
+    uint64_t l2;
+    uint64_t data;
+
+    (void)state;
+    sound_image(&d);
+    table = load_be64(d.bytes + 48);
+    block = load_be64(d.bytes + table);
+    l2 = load_be64(d.bytes + load_be64(d.bytes + 40)) & 0xfffffffffffe00;
+    data = load_be64(d.bytes + l2) & 0xfffffffffffe00;
+    d.bytes[load_be64(d.bytes + 40)] &= 0x7f;
+    d.bytes[l2] &= 0x7f;
+    store_be16(d.bytes + block + l2 / 512 * 2, 2);
+    store_be16(d.bytes + block + data / 512 * 2, 2);
+    d.how = QCOW2_REPAIR_LEAKS;
+    put_image(&d);
+    assert_int_equal(repair_until(&d, 0, NULL), SIM_RETURNED);
+    assert_int_equal(d.result, 0);
+    assert_int_equal(d.found.leaks_fixed, 2);
+    assert_int_equal(d.found.leaks, 0);
+    assert_int_equal(d.found.corruptions, 0);
+    judge(&d, true);
+    damaged_release(&d);
+}
+
+/* Flags alone are mended, too; beside other damage they are left. */
+static void test_qcow2_repair__flags_are_left_beside_other_damage(void **state)
+{
+    (void)state;
+    for (unsigned worse = 0; worse < 2; worse++) {
+        struct damaged d;
+        uint64_t l2;
+
+        sound_image(&d);
+        l2 = load_be64(d.bytes + load_be64(d.bytes + 40)) & 0xfffffffffffe00;
+        d.bytes[l2] &= 0x7f;
+        if (worse)
+            store_be64(d.bytes + l2 + 8, load_be64(d.bytes + l2 + 8) | 2); /* reserved */
+        d.how = QCOW2_REPAIR_LEAKS;
+        put_image(&d);
+        assert_int_equal(repair_until(&d, 0, NULL), SIM_RETURNED);
+        assert_int_equal(d.result, 0);
+        assert_int_equal(d.found.corruptions, worse ? 2 : 0);
+        assert_int_equal(d.found.corruptions_fixed, worse ? 0 : 1);
+        damaged_release(&d);
+    }
+}
+
 static void test_qcow2_repair__memory_is_bounded(void **state)
 {
     struct damaged d;

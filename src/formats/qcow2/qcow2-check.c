@@ -542,6 +542,12 @@ enum repair_step {
 /* How often one may come: what is not mended then will not be. */
 #define STEP_TIMES 4
 
+/* With refcounts that are right, flags are safe to mend: also where leaks alone shall be repaired, as the peer does it. */
+static bool only_flags(const struct check *x)
+{
+    return x->bad_copied && x->r.corruptions == x->bad_copied && !x->r.leaks;
+}
+
 static bool step_needed(const struct check *x, enum repair_step step, uint64_t copies)
 {
     bool all = x->options->repair == QCOW2_REPAIR_ALL;
@@ -560,7 +566,7 @@ static bool step_needed(const struct check *x, enum repair_step step, uint64_t c
     case STEP_LEAKS: /* what damaged tables point to is not known to be free */
         return x->r.leaks && !x->bad_entries && !x->bad_snapshots;
     case STEP_COPIED:
-        return all && x->bad_copied;
+        return all ? x->bad_copied : only_flags(x);
     case STEPS:
         break;
     }
@@ -643,7 +649,7 @@ static int co_fn run(struct check *x, struct error **err)
         return r;
     if (x->r.check_errors)
         return 0; /* as below: nothing is known to be free */
-    if (x->r.leaks || (x->r.corruptions && x->options->repair == QCOW2_REPAIR_ALL))
+    if (x->r.leaks || only_flags(x) || (x->r.corruptions && x->options->repair == QCOW2_REPAIR_ALL))
         r = repair(x, err);
     sound = r == 0 && !x->r.corruptions && !x->r.check_errors;
     return sound ? check_clear_marks(x, err) : r;
