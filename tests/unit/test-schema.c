@@ -48,6 +48,7 @@ static void assert_refused(const char *name, const char *text, const char *expec
 static void test_schema__has_the_commands_of_this_version(void **state)
 {
     static const char *const names[] = {
+        "block-check",
         "block-dirty-bitmap-add",
         "block-dirty-bitmap-clear",
         "block-dirty-bitmap-disable",
@@ -75,8 +76,11 @@ static void test_schema__has_the_commands_of_this_version(void **state)
         "job-resume",
         "nbd-server-start",
         "nbd-server-stop",
+        "object-add",
+        "object-del",
         "qmp_capabilities",
         "query-block",
+        "query-block-checks",
         "query-block-exports",
         "query-block-jobs",
         "query-blockstats",
@@ -88,6 +92,7 @@ static void test_schema__has_the_commands_of_this_version(void **state)
         "query-version",
         "quit",
         "transaction",
+        "x-blockdev-amend",
         "x-debug-block-dirty-bitmap-sha256",
     };
 
@@ -249,7 +254,7 @@ static void test_schema__refuses_by_name_what_is_not_supported(void **state)
                    "arguments.filename: unknown member (driver is 'raw')");
     assert_refused(
         "blockdev-add", "{'driver': 'bochs', 'file': 'f'}",
-        "arguments.driver: 'bochs' is not one of: file, host_device, null-co, qcow2, raw");
+        "arguments.driver: 'bochs' is not one of: fault, file, host_device, luks, null-co, qcow2, raw, vdi, vhdx, vmdk, vpc");
     assert_refused("blockdev-add", "{'driver': 'raw', 'file': {'driver': 'file', 'filename': ''}}",
                    "arguments.file.filename: '' has 0 bytes, less than 1");
     assert_refused(
