@@ -45,7 +45,7 @@ static int co_fn read_through_buffer(const struct encrypted *e, struct request *
 {
     uint64_t end = host_offset + req->len;
     uint64_t pos = host_offset;
-    struct iobuf *b = iobuf_new((size_t)MIN(req->len + 2 * SECTOR, READ_STEP));
+    struct iobuf *b = iobuf_new((size_t)MIN(req->len + 2 * (uint64_t)SECTOR, READ_STEP));
     int r = b ? 0 : -ENOMEM;
 
     while (r == 0 && pos < end) {
