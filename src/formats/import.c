@@ -245,7 +245,7 @@ int import_map_blocks(struct import *im, const struct import_blocks *b, const st
         done += size;
     }
     import_page_put(im, page);
-    ret->host = b->file;
+    ret->host = ret->kind == MAPPING_ZERO ? NULL : b->file;
     ret->holes = b->holes;
     ret->len = MIN(done, len);
     return r;

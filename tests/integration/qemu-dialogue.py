@@ -211,7 +211,7 @@ def test_introspection_describes_what_the_peer_describes(start, peer):
     theirs, ours = described
     shared = set(theirs) & set(ours)
     assert len(shared) >= 14
-    assert set(ours) - set(theirs) == {"query-graph"}
+    assert set(ours) - set(theirs) == {"block-check", "query-block-checks", "query-graph"}
     for name in shared:
         for member, optional in ours[name].items():
             if (name, member) in ADDITIONS:

@@ -383,7 +383,7 @@ def test_commands_that_are_refused(pair, commands, what):
 
 
 @pytest.mark.parametrize("option", [["-C"], ["-m"], ["-k"], ["-i", "native"], ["-T", "x"],
-                                    ["--object", "secret,id=s,data=abc"], ["-x"]])
+                                    ["--object", "iothread,id=s"], ["-x"]])
 def test_options_that_are_refused(pair, option):
     status, output, message = pair.ours("length", options=option)
     assert status == 1 and not output and option[0].strip("-") in message

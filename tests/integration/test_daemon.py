@@ -44,7 +44,7 @@ def test_help_names_all_options_and_keys(run):
     assert status == 0 and err == ""
     for text in ("--blockdev", "--export", "--nbd-server", "--chardev", "--monitor", "--daemonize", "--pidfile",
                  "--engine", "--io-threads", "--copy-threads", "--change-deadline", "--allow DIR", "filename=", "cache.direct=on|off", "addr.path=",
-                 "max-connections=", "writable=on|off", "pretty=on|off", "[driver=]file|host_device|"):
+                 "max-connections=", "writable=on|off", "pretty=on|off", "[driver=]fault|file|host_device|"):
         assert text in out, text
     assert max(map(len, out.splitlines())) <= 110
     assert run("-h") == (status, out, err)

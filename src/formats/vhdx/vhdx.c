@@ -383,6 +383,8 @@ static void map_changes(const struct vhdx *v, struct mapping *ret)
     }
     ret->len = MIN(ret->len, c->offset + c->len - ret->host_offset);
     ret->kind = c->data ? MAPPING_ENCODED : MAPPING_ZERO;
+    if (!c->data)
+        ret->host = NULL;
 }
 
 static int co_fn vhdx_co_map(struct node *node, const struct request *req, uint64_t offset,

@@ -247,6 +247,8 @@ static int co_fn map_block(struct vpc *v, const struct request *req, uint64_t of
     if (r < 0)
         return r;
     ret->kind = written ? MAPPING_DATA : MAPPING_ZERO;
+    if (!written)
+        ret->host = NULL;
     ret->host_offset += v->bitmap_bytes;
     ret->len = MIN(len, run_end * VPC_SECTOR - in_block);
     return 0;
