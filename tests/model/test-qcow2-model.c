@@ -49,6 +49,7 @@ struct model {
     char data[LAYERS_MAX][16];  /* names of external data files */
     uint8_t *below[LAYERS_MAX]; /* what the lower images held at first */
     size_t below_len[LAYERS_MAX];
+    const char *options;           /* of the top */
     struct range stripes[STRIPES]; /* stripe i belongs to actor i % ACTORS */
     unsigned stripe_count;
 
@@ -281,6 +282,7 @@ static void open_chain(struct model *m, unsigned first, bool read_only)
         node_of_layer(name, sizeof(name), m, i);
         if (i > 0)
             node_of_layer(below, sizeof(below), m, i - 1);
+        layer_options = i == m->layers - 1 ? m->options : "";
         add_layer(m->graph, name, m->paths[i], i ? below : NULL, read_only || i < m->layers - 1);
     }
 }
@@ -323,6 +325,7 @@ static void write_layer(struct model *m, unsigned i)
     uint64_t size = m->shapes[i].size;
 
     m->graph = graph_new(drivers);
+    layer_options = "";
     for (unsigned k = 0; k < i; k++) {
         (void)snprintf(name, sizeof(name), "l%u", k);
         (void)snprintf(below, sizeof(below), "l%u", k ? k - 1 : 0);
@@ -443,6 +446,11 @@ static void plan_model(struct model *m)
     }
     for (unsigned i = 1; i < m->layers; i++)
         m->shapes[i].backing = m->paths[i - 1];
+    m->options = "";
+    if (m->shapes[m->layers - 1].version == 3 && prng_chance(&m->prng, 300))
+        m->options = "'discard-no-unref':true,";
+    else if (prng_chance(&m->prng, 100))
+        m->options = "'pass-discard-request':false,";
     for (unsigned i = 0; i < m->layers; i++) {
         (void)snprintf(m->data[i], sizeof(m->data[i]), "l%u.data", i);
         qcow2_shape_data_file(&m->shapes[i], &m->prng, m->data[i], 250);

@@ -204,7 +204,10 @@ static void run_race(void *arg)
     r->graph = graph_new(drivers);
     if (r->has_base)
         add_layer(r->graph, "base", r->base, NULL, true);
+    if (r->shape.version == 3 && r->seed % 4 == 0)
+        layer_options = "'discard-no-unref':true,";
     add_layer(r->graph, "top", r->top, r->has_base ? "base" : NULL, false);
+    layer_options = "";
     r->backend = must_attach(r->graph, "top", ACCESS_RW, "actor");
     for (unsigned i = 0; i < r->fault_count; i++)
         sim_fault_add(&r->faults[i]);

@@ -206,6 +206,9 @@ static inline void image_judge_raw_data(struct sim_disk *disk, const char *path,
         }                                                                                          \
     } while (0)
 
+/* Options of the layers that are added from now on: of the driver, each with a comma behind it. */
+static const char *layer_options = "";
+
 /* A layer over `backing` (a node, or NULL for none), with discards passed on. */
 static inline void add_layer(struct graph *g, const char *name, const char *path,
                              const char *backing, bool read_only)
@@ -213,9 +216,10 @@ static inline void add_layer(struct graph *g, const char *name, const char *path
     const char *quote = backing ? "'" : "";
 
     add_or_die(g,
-               "{'driver':'qcow2','node-name':'%s','discard':'unmap','read-only':%s,"
+               "{'driver':'qcow2','node-name':'%s','discard':'unmap','read-only':%s,%s"
                "'file':{'driver':'file','filename':'%s'},'backing':%s%s%s}",
-               name, read_only ? "true" : "false", path, quote, backing ? backing : "null", quote);
+               name, read_only ? "true" : "false", layer_options, path, quote,
+               backing ? backing : "null", quote);
 }
 
 /* A filter under the name of raw that counts what makes data durable, and can tell the test of it. */
@@ -287,9 +291,9 @@ static inline void add_watched_layer(struct graph *g, const char *name, const ch
                        data);
 
     add_or_die(g,
-               "{'driver':'qcow2','node-name':'%s','discard':'unmap',%s"
+               "{'driver':'qcow2','node-name':'%s','discard':'unmap',%s%s"
                "'file':{'driver':'raw','file':{'driver':'file','filename':'%s'}},'backing':%s%s%s}",
-               name, data_file, path, quote, backing ? backing : "null", quote);
+               name, layer_options, data_file, path, quote, backing ? backing : "null", quote);
 }
 
 #endif

@@ -290,7 +290,7 @@ static int co_fn settle_own(struct qcow2 *q, const struct request *by, struct qc
                                          run->count << q->cluster_bits);
     int r = look_at_freed(q, by, run);
 
-    if (r == 1 && node_settings(q->node)->unmap) {
+    if (r == 1 && q->passes_discards) {
         int sent = edge_co_request(q->file, &discard);
 
         if (is_sent_back(sent))

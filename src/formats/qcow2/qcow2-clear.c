@@ -25,10 +25,15 @@ static bool can_clear(const struct qcow2 *q, enum qcow2_clearing how)
     return q->version >= 3 || (unmapped_is_zero(q) && how != QCOW2_ZERO);
 }
 
+static bool is_discard(enum qcow2_clearing how)
+{
+    return how == QCOW2_DISCARD || how == QCOW2_FORGET;
+}
+
 /* Does nothing have to be noted for clusters without an L2 table? */
 static bool skips_unmapped(const struct qcow2 *q, enum qcow2_clearing how)
 {
-    return how == QCOW2_DISCARD || unmapped_is_zero(q);
+    return is_discard(how) || unmapped_is_zero(q);
 }
 
 /* One cluster, or some of its subclusters: what it is, and what becomes of it. */
@@ -38,6 +43,7 @@ struct clearing {
     uint64_t host;
     struct qcow2_l2 becomes;
     bool frees; /* the cluster that it has is not needed any more */
+    bool keeps; /* it does not go even so (discard-no-unref) */
     bool
         left; /* it keeps it, or its place in the data file, and units there hold nothing any more */
 };
@@ -48,10 +54,10 @@ static void clear_word(const struct qcow2 *q, enum qcow2_clearing how, struct cl
     bool placed = c->host != QCOW2_NOWHERE;
 
     c->becomes = c->was;
-    c->frees = c->kind == QCOW2_ENTRY_COMPRESSED || (placed && how != QCOW2_ZERO);
-    if (how == QCOW2_ZERO && placed)
+    c->frees = c->kind == QCOW2_ENTRY_COMPRESSED || (placed && how != QCOW2_ZERO && !c->keeps);
+    if (placed && !c->frees)
         c->becomes.entry |= QCOW2_L2_ZERO;
-    else if (c->frees || (c->kind != QCOW2_ENTRY_ZERO && how != QCOW2_DISCARD && !zero_is_none))
+    else if (c->frees || (c->kind != QCOW2_ENTRY_ZERO && !is_discard(how) && !zero_is_none))
         c->becomes.entry = zero_is_none || q->version < 3 ? 0 : QCOW2_L2_ZERO;
     c->left = placed;
 }
@@ -65,11 +71,11 @@ static void clear_bits(const struct qcow2 *q, uint64_t mask, enum qcow2_clearing
 
     bits &= ~mask;
     if (!unmapped_is_zero(q))
-        bits |= (how == QCOW2_DISCARD ? data : mask) << 32;
+        bits |= (is_discard(how) ? data : mask) << 32;
     else if (placed)
         bits |= data << 32; /* as long as there is a place, nobody looks what lies below */
     c->frees = c->kind == QCOW2_ENTRY_COMPRESSED ||
-               (placed && how != QCOW2_ZERO && !(bits & QCOW2_ALL_DATA) &&
+               (placed && how != QCOW2_ZERO && !c->keeps && !(bits & QCOW2_ALL_DATA) &&
                 (data || mask == QCOW2_ALL_DATA));
     if (c->frees && unmapped_is_zero(q))
         bits = 0;
@@ -134,13 +140,14 @@ static int co_fn clear_cluster(struct qcow2 *q, const struct request *req, struc
                                uint64_t cluster, uint64_t mask, enum qcow2_clearing how,
                                struct left_places *left)
 {
-    struct clearing c = {.was = qcow2_entry(q, s, cluster)};
+    struct clearing c = {.was = qcow2_entry(q, s, cluster),
+                         .keeps = q->keeps_discarded && how != QCOW2_FORGET};
     int r = qcow2_entry_kind(q, cluster, c.was, 0, &c.kind, &c.host);
 
     if (r < 0)
         return r;
     if (c.kind == QCOW2_ENTRY_COMPRESSED && mask != all_units(q))
-        return how != QCOW2_DISCARD;
+        return !is_discard(how);
     if (q->extended)
         clear_bits(q, mask, how, &c);
     else

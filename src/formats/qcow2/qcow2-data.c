@@ -93,7 +93,7 @@ int qcow2_data_discard(struct qcow2 *q, const struct request *by, uint64_t host_
     struct request discard =
         request_for(by, REQUEST_DISCARD, host_offset, end - MIN(end, host_offset));
 
-    return discard.len && node_settings(q->node)->unmap ? edge_co_request(q->data, &discard) : 0;
+    return discard.len && q->passes_discards ? edge_co_request(q->data, &discard) : 0;
 }
 
 /* DATA-3. As writes in place (WRITE-1). */

@@ -145,6 +145,8 @@ static bool take_slice_locked(struct picture *p, struct qcow2_slice *s)
         if (!bytes)
             return false;
         copy_entries(bytes, s->entries + i * chunk / QCOW2_ENTRY_LEN, chunk / QCOW2_ENTRY_LEN);
+        if (p->q->extended)
+            qcow2_bits_store(bytes, chunk);
         s->pins++;
         s->dirty &= ~((uint32_t)1 << i);
     }

@@ -280,6 +280,8 @@ static int co_fn slice_read(struct qcow2 *q, const struct request *by, uint64_t 
         touch(q, slice_index); /* whoever wants to pin it finds it, even if all others are dirty */
         for (size_t i = 0; i < bytes / QCOW2_ENTRY_LEN; i++)
             s->entries[i] = load_be64(b->data + i * QCOW2_ENTRY_LEN);
+        if (q->extended)
+            qcow2_bits_load(s, bytes / QCOW2_ENTRY_LEN);
         list_init(&s->link);
         slice_publish(q, s);
         *ret = take(&s);
@@ -693,7 +695,7 @@ void qcow2_entry_set_locked(struct qcow2 *q, struct qcow2_slice *s, uint64_t gue
     uint64_t index = guest_cluster & (qcow2_slice_entries(q) - 1);
 
     if (q->extended)
-        qcow2_entry_publish(q, &s->entries[2 * index], becomes);
+        qcow2_entry_publish(&s->entries[2 * index], becomes);
     else
         atomic_set_release(&s->entries[index], becomes.entry); /* pairs with entry_word() */
     if (!s->dirty) {

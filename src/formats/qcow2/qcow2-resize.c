@@ -129,7 +129,7 @@ static int co_fn clear_new(struct qcow2 *q, const struct request *req, uint64_t 
         r = qcow2_clear(q, req, whole >> q->unit_bits, covered >> q->unit_bits, QCOW2_ZERO_UNMAP);
     if (r == 0 && whole < to)
         r = qcow2_clear(q, req, MAX(covered, whole) >> q->unit_bits,
-                        align_up(to, unit) >> q->unit_bits, QCOW2_DISCARD);
+                        align_up(to, unit) >> q->unit_bits, QCOW2_FORGET);
     return r;
 }
 
@@ -171,7 +171,7 @@ static int co_fn shrink_disk(struct qcow2 *q, const struct request *req, uint64_
         return r;
     node_set_size(q->node, size);
     (void)qcow2_clear(q, req, align_up(size, unit) >> q->unit_bits,
-                      align_up(old, unit) >> q->unit_bits, QCOW2_DISCARD);
+                      align_up(old, unit) >> q->unit_bits, QCOW2_FORGET);
     qcow2_data_shrink(q, req, size);
     return 0; /* what could not be given back stays, out of sight */
 }

@@ -340,7 +340,7 @@ void snap_give_back_free(struct snap *s, const struct qcow2_counts *c)
 {
     struct free_run f = {.s = s};
 
-    if (!node_settings(s->q->node)->unmap || for_each_counted(s, c, give_back_cluster, &f) < 0)
+    if (!s->q->passes_discards || for_each_counted(s, c, give_back_cluster, &f) < 0)
         return;
     give_back(&f);
 }

@@ -3,16 +3,19 @@
  * Extended L2 entries: two words for each cluster, of which the second says for each of its 32 subclusters whether it holds data, reads
  * as zeroes, or neither.
  *
- * WRITE-5 The words of an entry are published one by one, in an order in which each instant is a mapping that holds: a place before
- *         the data in it, that before the place goes; a new place has all that the old bits call data. Readers, who are inside the
- *         epoch, take the first word, the second, and the first again. If it is the same, it was there all the time, as no place comes
- *         back while they are inside (Q1), and the second belongs to it. Only "no place" may come back, and the places of a data file:
- *         with the former no second word may have data, and the latter are always the same. All others look under the lock.
+ * WRITE-5 The words of an entry are published one by one, the place before the bits: a new place has all that the old bits call data,
+ *         so that each instant is a mapping that holds, or calls data what has no place, which nobody believes. Readers, who are
+ *         inside the epoch, take the first word, the second, and the first again. If it is the same, it was there all the time, as no
+ *         place comes back while they are inside (Q1), and the second belongs to it. Only the places of a data file may come back,
+ *         which are always the same, and "no place". The bits of compressed entries mean nothing; so that they are never taken for
+ *         those of no place, they call all data while they are in memory. Whoever finds no two words that belong together looks
+ *         under the lock.
  *
  * On disk, an entry lies within one sector, so that a power cut leaves it old or new as a whole: tables begin at clusters, and 16 divides
  * 512. A picture of it is taken under the lock (FLUSH-1).
  */
 #include "base/atomic.h"
+#include "base/endian.h"
 #include "base/macros.h"
 #include "formats/qcow2/qcow2.h"
 
@@ -52,18 +55,27 @@ struct qcow2_l2 qcow2_entry_extended(struct qcow2 *q, const struct qcow2_slice *
     return e;
 }
 
-/* WRITE-5 */
-void qcow2_entry_publish(const struct qcow2 *q, uint64_t *words, struct qcow2_l2 becomes)
+void qcow2_bits_load(struct qcow2_slice *s, size_t words)
 {
-    uint64_t was = atomic_get_relaxed(&words[0]); /* it changes under the lock that we hold */
-    bool bits_first = was & QCOW2_L2_COMPRESSED || (!qcow2_has_place(q, becomes.entry) &&
-                                                    !(becomes.entry & QCOW2_L2_COMPRESSED));
+    for (size_t i = 0; i < words; i += 2) {
+        if (s->entries[i] & QCOW2_L2_COMPRESSED)
+            s->entries[i + 1] = QCOW2_ALL_DATA;
+    }
+}
 
-    if (bits_first)
-        atomic_set(&words[1], becomes.bits);
+void qcow2_bits_store(uint8_t *bytes, size_t len)
+{
+    for (size_t at = 0; at < len; at += QCOW2_L2_EXTENDED_ENTRY_LEN) {
+        if (load_be64(bytes + at) & QCOW2_L2_COMPRESSED)
+            store_be64(bytes + at + QCOW2_ENTRY_LEN, 0);
+    }
+}
+
+/* WRITE-5 */
+void qcow2_entry_publish(uint64_t *words, struct qcow2_l2 becomes)
+{
     atomic_set(&words[0], becomes.entry);
-    if (!bits_first)
-        atomic_set(&words[1], becomes.bits);
+    atomic_set(&words[1], becomes.entry & QCOW2_L2_COMPRESSED ? QCOW2_ALL_DATA : becomes.bits);
 }
 
 int qcow2_entry_kind_extended(struct qcow2 *q, uint64_t guest_cluster, struct qcow2_l2 e,

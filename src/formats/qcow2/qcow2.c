@@ -253,6 +253,18 @@ static int co_fn open_snapshot(struct qcow2 *q, const struct request *by,
     return r < 0 ? r : qcow2_snapshot_show(q, by, opt->snapshot, err);
 }
 
+static int set_discarding(struct qcow2 *q, const struct qcow2_options *opt, struct error **err)
+{
+    q->passes_discards =
+        opt->has_pass_discard_request ? opt->pass_discard_request : node_settings(q->node)->unmap;
+    q->keeps_discarded = opt->discard_no_unref;
+    if (q->keeps_discarded && q->version < 3)
+        return error_set(err, EINVAL,
+                         "node '%s': discard-no-unref needs an image of version 3, this one has %u",
+                         node_name(q->node), q->version);
+    return 0;
+}
+
 static int co_fn control_fn open_tables(struct qcow2 *q, const struct request *by,
                                         const struct qcow2_header *header,
                                         const struct qcow2_options *opt, struct error **err)
@@ -314,6 +326,9 @@ static int co_fn control_fn qcow2_co_open(struct node *node, const void *options
     if (r == 0) {
         set_geometry(q, &header);
         qcow2_crypt_protect(q);
+        r = set_discarding(q, opt, err);
+    }
+    if (r == 0) {
         r = open_tables(q, &by, &header, opt, err);
     }
     qcow2_header_release(&header);

@@ -168,6 +168,8 @@ struct qcow2 {
     unsigned compression_type; /* enum qcow2_compression */
     bool names_backing;        /* the image does, whatever was opened as one */
     bool writable;
+    bool keeps_discarded;      /* clusters that are discarded keep their place */
+    bool passes_discards;      /* space that is freed is given back to the host */
     struct qcow2_crypt *crypt; /* NULL: guest data lies there as it is */
 
     bool sync_failed;  /* atomic: what was not durable then may be gone (FLUSH-6) */
@@ -340,8 +342,11 @@ size_t qcow2_slice_bytes(const struct qcow2 *q);
 
 struct qcow2_l2 qcow2_entry_extended(struct qcow2 *q, const struct qcow2_slice *s,
                                      uint64_t guest_cluster);
+/* The bits of compressed entries as they are in memory, and on disk (WRITE-5). */
+void qcow2_bits_load(struct qcow2_slice *s, size_t words);
+void qcow2_bits_store(uint8_t *bytes, size_t len);
 /* Under qcow2.lock. */
-void qcow2_entry_publish(const struct qcow2 *q, uint64_t *words, struct qcow2_l2 becomes);
+void qcow2_entry_publish(uint64_t *words, struct qcow2_l2 becomes);
 int qcow2_entry_kind_extended(struct qcow2 *q, uint64_t guest_cluster, struct qcow2_l2 e,
                               unsigned unit, enum qcow2_entry_kind *ret, uint64_t *ret_host);
 /* How many units from this one on, which is of this kind, are alike. */
@@ -489,6 +494,7 @@ enum qcow2_clearing {
     QCOW2_DISCARD,    /* space is given back */
     QCOW2_ZERO,       /* reads as zeroes; space is kept */
     QCOW2_ZERO_UNMAP, /* reads as zeroes; space is given back */
+    QCOW2_FORGET,     /* out of sight: as discard, whatever clusters keep then */
 };
 
 /* Units of the disk, by number. Not for version 2 what that cannot say. */
