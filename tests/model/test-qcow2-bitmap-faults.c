@@ -34,6 +34,10 @@ struct attempt {
 
 static const char *const names[] = {"a", "b"};
 
+/* Of the leak sanitizer; absent in other builds. */
+void __lsan_disable(void) __attribute__((weak));
+void __lsan_enable(void) __attribute__((weak));
+
 static int fail_co_persist(struct change_action *a, struct error **err)
 {
     (void)a;
@@ -248,7 +252,12 @@ static void fail_each(enum phase phase, bool memory, const uint8_t *bytes, size_
         a.allocation = memory ? k : 0;
         a.fault = (struct sim_fault){.kind = SIM_ERROR, .error = EIO, .at = memory ? 0 : k};
         image_put(a.disk, IMAGE_PATH, bytes, len);
+        /* A node that there is no memory to close stays, with all of the graph. */
+        if (memory && phase == PHASE_CLOSE && __lsan_disable)
+            __lsan_disable();
         run(&a, attempt_it, k);
+        if (memory && phase == PHASE_CLOSE && __lsan_enable)
+            __lsan_enable();
         (void)snprintf(what, sizeof(what), "%s %u", memory ? "allocation" : "operation", k);
         judge(&a, what);
         sim_disk_free(a.disk);

@@ -103,7 +103,6 @@ struct nbd_connection {
     /* Control thread. */
     struct list link; /* in server->connections */
     bool ended;
-    bool served; /* transmission began; set on its loop, before the end is told */
     bool shutdown_out;
     struct nbd_export *bound;
 
@@ -121,6 +120,7 @@ struct nbd_connection {
     struct co_scope
         sending; /* and one that waits for the socket: it may start when all requests have ended */
     uint64_t handshake_deadline_ns;
+    bool served; /* transmission began; the control thread looks when the end was told */
 
     /* Negotiated. */
     struct nbd_export *export; /* what stands in it besides counts is constant */
