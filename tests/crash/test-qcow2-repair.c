@@ -86,6 +86,16 @@ static void touch_table(struct damaged *d, uint64_t table)
         d->touched[g] = true;
 }
 
+/* Earlier harm may have led here: what is harmed then is a guest's. */
+static void touch_data(struct damaged *d, uint64_t at)
+{
+    uint64_t cluster = at / cluster_of(d);
+    uint64_t first = d->len / cluster_of(d) - GUEST;
+
+    if (cluster >= first && cluster - first < GUEST)
+        d->touched[cluster - first] = true;
+}
+
 /* One entry, or refcount, becomes something else. */
 static void harm(struct damaged *d, struct prng *prng)
 {
@@ -121,11 +131,13 @@ static void harm(struct damaged *d, struct prng *prng)
         if (at == 0 || at + cluster > d->len)
             return;
         at += prng_below(prng, MIN(cluster, (uint64_t)256) - 8);
+        touch_data(d, at);
         d->bytes[at] = (uint8_t)prng_below(prng, 4);
         return;
     default: /* the refcount table */
         break;
     }
+    touch_data(d, at);
     value = load_be64(d->bytes + at);
     switch (prng_below(prng, 6)) {
     case 0:
