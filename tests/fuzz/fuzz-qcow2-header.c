@@ -95,8 +95,7 @@ static void check_support(const struct qcow2_header *h)
     if (qcow2_header_check_supported(h, true, "n", &err) < 0)
         must(writing < 0);
     else
-        must((h->incompatible & ~(QCOW2_INCOMPATIBLE_DIRTY | QCOW2_INCOMPATIBLE_CORRUPT |
-                                  QCOW2_INCOMPATIBLE_COMPRESSION_TYPE)) == 0);
+        must((h->incompatible & ~QCOW2_INCOMPATIBLE_KNOWN) == 0);
     error_free(&err);
     for (unsigned bit = 0; bit < 64; bit++) {
         if (qcow2_header_feature_name(h, QCOW2_FEATURE_AUTOCLEAR, bit, name))
