@@ -148,7 +148,7 @@ def test_only_what_is_granted_is_opened(tools, tmp_path):
                        ("fifo", "regular"), ("json:{\"driver\":\"file\"}", "json"), ("nbd:unix:/x", "nbd"),
                        ("x.qcow2", "itself"), ("nothing", "No such")):
         image = images / "x.qcow2"
-        named = images / "placeholder"
+        named = images / "made-with.raw"
         run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={named}", str(image), "1M")
         rename_data_file(image, str(named), name)
         said = tools.cairn("convert", "-O", "raw", image, "out", ok=(1,)).stderr
