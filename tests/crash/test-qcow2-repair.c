@@ -18,6 +18,8 @@
 #define GUEST   64 /* clusters */
 #define FAULTED 40
 
+#define POWER_CUTS 32 /* at each operation, where no harm is random */
+
 /* A driver that repairs its file when it opens, as the format does (Q5). */
 static int repairing_co_open(struct node *node, const void *options, struct error **err)
 {
@@ -54,7 +56,8 @@ struct damaged {
     struct sim_disk *disk;
     uint8_t *bytes;
     size_t len;
-    bool touched[GUEST]; /* guest clusters whose mapping is harmed */
+    bool touched[GUEST];   /* guest clusters whose mapping is harmed */
+    uint64_t holds[GUEST]; /* whose data the others have: their own */
     struct qcow2_verdict before;
 
     enum qcow2_repair how;
@@ -165,12 +168,21 @@ static void fill(uint8_t *data, uint64_t len, uint64_t guest)
         store_be64(data + i, (guest + 1) << 32 | i);
 }
 
+static void fill_all(struct damaged *d)
+{
+    uint64_t first = d->len / cluster_of(d) - GUEST;
+
+    for (uint64_t g = 0; g < GUEST; g++) {
+        d->holds[g] = g;
+        fill(d->bytes + (first + g) * cluster_of(d), cluster_of(d), g);
+    }
+}
+
 /* False for harm that the judge does not judge: compressed entries. */
 static bool damaged_init(struct damaged *d, uint64_t seed)
 {
     struct prng prng = {seed};
     struct qcow2_file f;
-    uint64_t data;
 
     *d = (struct damaged){.seed = seed, .how = QCOW2_REPAIR_ALL, .memory_max = 1 << 24};
     qcow2_shape_random(&d->shape, &prng, 0);
@@ -179,9 +191,7 @@ static bool damaged_init(struct damaged *d, uint64_t seed)
     d->shape.allocated = GUEST;
     d->by_open = prng_chance(&prng, 300);
     d->bytes = qcow2_make(&d->shape, &d->len);
-    data = d->len / cluster_of(d) - GUEST;
-    for (uint64_t g = 0; g < GUEST; g++)
-        fill(d->bytes + (data + g) * cluster_of(d), cluster_of(d), g);
+    fill_all(d);
     for (uint64_t i = 1 + prng_below(&prng, HARMS); i > 0; i--)
         harm(d, &prng);
     if (d->shape.version == 3 && prng_chance(&prng, 500))
@@ -267,7 +277,7 @@ static void check_guest(struct damaged *d, uint8_t *bytes, size_t len)
     for (uint64_t g = 0; g < GUEST; g++) {
         if (d->touched[g])
             continue;
-        fill(expected, cluster, g);
+        fill(expected, cluster, d->holds[g]);
         check(qcow2_read_guest(&layer, 1, g * cluster, expected + cluster, cluster) == 0);
         check(memcmp(expected, expected + cluster, cluster) == 0);
     }
@@ -335,6 +345,23 @@ static void cut_everywhere(struct damaged *d)
     }
 }
 
+static void cut_at_each(struct damaged *d)
+{
+    uint64_t ops;
+
+    put_image(d);
+    ops = sim_disk_ops(d->disk);
+    repair_whole(d);
+    ops = sim_disk_ops(d->disk) - ops;
+    for (uint64_t i = 0; i < ops * POWER_CUTS; i++) {
+        put_image(d);
+        if (repair_until(d, sim_disk_ops(d->disk) + 1 + i % ops, NULL) == SIM_KILLED)
+            sim_disk_power_cut(d->disk, 1 + i);
+        judge(d, false);
+        repair_whole(d);
+    }
+}
+
 static void fail_everywhere(struct damaged *d)
 {
     for (uint64_t k = 1; k <= FAULTED; k++) {
@@ -346,6 +373,27 @@ static void fail_everywhere(struct damaged *d)
         repair_whole(d);
         if (!fault.fired)
             break;
+    }
+}
+
+/* What a repair does after a failure is not undone by what it does later. */
+static void fail_and_kill_everywhere(struct damaged *d)
+{
+    uint64_t ops;
+
+    put_image(d);
+    ops = sim_disk_ops(d->disk);
+    repair_whole(d);
+    ops = sim_disk_ops(d->disk) - ops;
+    for (uint64_t k = 1; k <= ops; k++) {
+        for (uint64_t kill = k; kill <= 2 * ops; kill++) {
+            struct sim_fault fault = {.name = IMAGE, .kind = SIM_ERROR, .error = EIO, .at = k};
+
+            put_image(d);
+            if (repair_until(d, sim_disk_ops(d->disk) + kill, &fault) != SIM_KILLED)
+                break;
+            judge(d, false);
+        }
     }
 }
 
@@ -386,21 +434,35 @@ static void test_qcow2_repair__failures_leave_it_no_worse(void **state)
 
 /* ---- without harm at random ---- */
 
-static void sound_image(struct damaged *d)
+static void judge_before(struct damaged *d)
 {
-    struct qcow2_file f;
+    struct qcow2_file f = qcow2_file_in_memory(d->bytes, d->len);
 
+    assert_int_equal(qcow2_check(&f, &d->before), 0);
+}
+
+static void sound_image_of_width(struct damaged *d, unsigned refcount_order)
+{
     *d = (struct damaged){.seed = 1, .how = QCOW2_REPAIR_ALL, .memory_max = 1 << 24};
     d->shape = (struct qcow2_shape){.version = 3,
                                     .cluster_bits = 9,
-                                    .refcount_order = 4,
+                                    .refcount_order = refcount_order,
                                     .size = GUEST << 9,
                                     .allocated = GUEST};
     d->bytes = qcow2_make(&d->shape, &d->len);
-    for (uint64_t g = 0; g < GUEST; g++)
-        fill(d->bytes + d->len - ((GUEST - g) << 9), 512, g);
-    f = qcow2_file_in_memory(d->bytes, d->len);
-    assert_int_equal(qcow2_check(&f, &d->before), 0);
+    fill_all(d);
+    judge_before(d);
+}
+
+static void sound_image(struct damaged *d)
+{
+    sound_image_of_width(d, 4);
+}
+
+/* Of the only one. */
+static uint64_t l2_of(const struct damaged *d)
+{
+    return load_be64(d->bytes + load_be64(d->bytes + 40)) & 0xfffffffffffe00;
 }
 
 static void test_qcow2_repair__check_alone_writes_nothing(void **state)
@@ -460,7 +522,7 @@ static void test_qcow2_repair__leaks_take_their_flags_with_them(void **state)
     sound_image(&d);
     table = load_be64(d.bytes + 48);
     block = load_be64(d.bytes + table);
-    l2 = load_be64(d.bytes + load_be64(d.bytes + 40)) & 0xfffffffffffe00;
+    l2 = l2_of(&d);
     data = load_be64(d.bytes + l2) & 0xfffffffffffe00;
     d.bytes[load_be64(d.bytes + 40)] &= 0x7f;
     d.bytes[l2] &= 0x7f;
@@ -486,7 +548,7 @@ static void test_qcow2_repair__flags_are_left_beside_other_damage(void **state)
         uint64_t l2;
 
         sound_image(&d);
-        l2 = load_be64(d.bytes + load_be64(d.bytes + 40)) & 0xfffffffffffe00;
+        l2 = l2_of(&d);
         d.bytes[l2] &= 0x7f;
         if (worse)
             store_be64(d.bytes + l2 + 8, load_be64(d.bytes + l2 + 8) | 2); /* reserved */
@@ -498,6 +560,71 @@ static void test_qcow2_repair__flags_are_left_beside_other_damage(void **state)
         assert_int_equal(d.found.corruptions_fixed, worse ? 0 : 1);
         damaged_release(&d);
     }
+}
+
+/* Refcounts of a bit: what two guests share has to be copied for one of them. */
+static void test_qcow2_repair__what_moves_is_durable_where_it_goes(void **state)
+{
+    struct damaged d;
+    uint64_t l2;
+
+    (void)state;
+    sound_image_of_width(&d, 0);
+    l2 = l2_of(&d);
+    memcpy(d.bytes + l2 + 8 * 5, d.bytes + l2 + 8 * 6, 8);
+    d.holds[5] = 6;
+    judge_before(&d);
+    cut_at_each(&d);
+    damaged_release(&d);
+}
+
+/* The refcounts of the last clusters are lost; those of the others must not be, whenever the power goes. */
+static void test_qcow2_repair__new_refcounts_are_durable_before_the_old_ones_go(void **state)
+{
+    struct damaged d;
+    uint64_t table;
+
+    (void)state;
+    sound_image_of_width(&d, 6); /* 64 in a block */
+    table = load_be64(d.bytes + 48);
+    store_be64(d.bytes + table + 8, load_be64(d.bytes + table + 8) | 2);
+    judge_before(&d);
+    cut_at_each(&d);
+    damaged_release(&d);
+}
+
+/* An entry that is mended is a few refcounts, too. */
+static void test_qcow2_repair__entries_in_a_refcount_block_are_mended_after_it(void **state)
+{
+    struct damaged d;
+    uint64_t l2;
+
+    (void)state;
+    sound_image(&d);
+    l2 = l2_of(&d);
+    store_be64(d.bytes + load_be64(d.bytes + 48), l2);
+    store_be64(d.bytes + l2 + 8 * 5, UINT64_C(1) << 63 | UINT64_C(1) << 40); /* not in the file */
+    d.touched[5] = true;
+    judge_before(&d);
+    cut_at_each(&d);
+    damaged_release(&d);
+}
+
+/* What a table points to that cannot be read any more is not free. */
+static void test_qcow2_repair__tables_that_fail_later_take_nothing_along(void **state)
+{
+    struct damaged d;
+    uint64_t l2;
+    uint64_t data;
+
+    (void)state;
+    sound_image(&d);
+    l2 = l2_of(&d);
+    data = load_be64(d.bytes + l2) & 0xfffffffffffe00;
+    store_be16(d.bytes + load_be64(d.bytes + load_be64(d.bytes + 48)) + data / 512 * 2, 2);
+    judge_before(&d);
+    fail_and_kill_everywhere(&d);
+    damaged_release(&d);
 }
 
 static void test_qcow2_repair__memory_is_bounded(void **state)
