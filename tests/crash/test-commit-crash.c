@@ -5,20 +5,17 @@
  * committing again ends what was begun.
  */
 #include "cli/image/image-commit.h"
+#include "crash-fixture.h"
 #include "formats/list.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "seeds.h"
 
-#include <sys/mman.h>
-#include <sys/wait.h>
-
-#define TOP        "/disk/top"
-#define BASE       "/disk/base"
-#define SIZE_MAX_  ((uint64_t)96 << 10)
-#define WRITES     12
-#define CUTS_MAX   24 /* for each image; all where there are no more */
-#define SECOND_CUT 7  /* each so many is judged with another cut, too */
+#define TOP       "/disk/top"
+#define BASE      "/disk/base"
+#define SIZE_MAX_ ((uint64_t)96 << 10)
+#define WRITES    12
+#define CUTS_MAX  24 /* for each image; all where there are no more */
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
 
@@ -52,20 +49,8 @@ static int group_setup(void **state)
 {
     (void)state;
     image_follow_all();
-    counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return counts == MAP_FAILED ? -1 : 0;
-}
-
-static enum sim_end run_on(struct plan *p, void (*fn)(void *), uint64_t kill_at_op)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, p->seed);
-    o.disk = p->disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at_op;
-    return sim_run(&o, fn, p);
+    counts = shared_new(sizeof(*counts));
+    return 0;
 }
 
 static void write_somewhere(struct plan *p, struct backend *b, uint64_t size)
@@ -153,7 +138,7 @@ static void judge(struct plan *p, uint64_t op)
                 p->seed, op);
         abort();
     }
-    check(run_on(p, commit, 0) == SIM_RETURNED && p->result == 0);
+    check(run_killed_at(p->disk, p->seed, commit, p, 0) == SIM_RETURNED && p->result == 0);
     image_judge(p->disk, BASE, LEAKS_ALLOWED, &base);
     image_judge(p->disk, TOP, LEAKS_ALLOWED, &top);
     check(top.l2_tables == 0);
@@ -167,13 +152,13 @@ static void put_files(struct plan *p)
     image_put(p->disk, TOP, p->top.bytes, p->top.len);
 }
 
-static void crash_at(const struct plan *p, uint64_t op, uint64_t cut)
+static void crash_at(const void *plan, uint64_t op, uint64_t cut)
 {
     static struct plan q;
 
-    q = *p;
+    q = *(const struct plan *)plan;
     put_files(&q);
-    if (run_on(&q, commit, op) == SIM_KILLED) {
+    if (run_killed_at(q.disk, q.seed, commit, &q, op) == SIM_KILLED) {
         sim_disk_power_cut(q.disk, cut);
         counts->cuts++;
         judge(&q, op);
@@ -181,11 +166,11 @@ static void crash_at(const struct plan *p, uint64_t op, uint64_t cut)
     sim_disk_free(q.disk);
 }
 
-static void make_plan(struct plan *p, uint64_t seed)
+static void make_plan(struct plan *p)
 {
     struct qcow2_shape shape;
 
-    *p = (struct plan){.seed = seed, .prng = {seed}, .disk = sim_disk_new()};
+    p->disk = sim_disk_new();
     p->base_size = (1 + prng_below(&p->prng, SIZE_MAX_ / 512)) * 512;
     p->size = (1 + prng_below(&p->prng, SIZE_MAX_ / 512)) * 512;
     qcow2_shape_random(&shape, &p->prng, p->base_size);
@@ -194,56 +179,34 @@ static void make_plan(struct plan *p, uint64_t seed)
     qcow2_shape_random(&shape, &p->prng, p->size);
     shape.backing = "base";
     image_make(p->disk, TOP, &shape);
-    check(run_on(p, fill, 0) == SIM_RETURNED);
+    check(run_killed_at(p->disk, p->seed, fill, p, 0) == SIM_RETURNED);
     p->top.bytes = image_load(p->disk, TOP, &p->top.len);
     p->base.bytes = image_load(p->disk, BASE, &p->base.len);
     sim_disk_free(p->disk);
     put_files(p);
-    check(run_on(p, commit, 0) == SIM_RETURNED && p->result == 0);
+    check(run_killed_at(p->disk, p->seed, commit, p, 0) == SIM_RETURNED && p->result == 0);
     p->ops = sim_disk_ops(p->disk);
     sim_disk_free(p->disk);
 }
 
-static void crash_everywhere(const struct plan *p)
+static void make_and_crash(void *arg)
 {
-    struct prng prng = {p->seed + 9};
+    struct plan *p = arg;
 
-    for (uint64_t op = 1; op <= p->ops; op++) {
-        if (p->ops > CUTS_MAX && prng_below(&prng, p->ops) >= CUTS_MAX)
-            continue;
-        crash_at(p, op, 1 + prng_next(&prng) % 1000000);
-        if (op % SECOND_CUT == 0)
-            crash_at(p, op, 1 + prng_next(&prng) % 1000000);
-    }
-}
-
-/* In a child: what killed runs had allocated stays until it ends. */
-static void in_child(uint64_t seed)
-{
-    static struct plan p;
-    pid_t child;
-    int status;
-
-    fflush(NULL);
-    child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        make_plan(&p, seed);
-        crash_everywhere(&p);
-        fflush(NULL);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_int_equal(status, 0);
+    make_plan(p);
+    crash_everywhere(crash_at, p, p->seed, p->ops, CUTS_MAX);
 }
 
 static void test_commit_crash__leaves_the_disk_what_it_was(void **state)
 {
+    static struct plan p;
+
     (void)state;
     *counts = (struct counts){.cuts = 0};
     TEST_SEEDS (seed) {
+        p = (struct plan){.seed = seed, .prng = {seed}};
         if (!seeds_enough(20) || seed % 5 == 0) /* it takes long */
-            in_child(seed);
+            in_child(make_and_crash, &p);
     }
     printf("# %" PRIu64 " power cuts, %" PRIu64 " left the top full and %" PRIu64 " empty; %" PRIu64
            " left leaks\n",

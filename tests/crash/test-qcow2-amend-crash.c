@@ -5,16 +5,13 @@
  * most, and with COPIED flags that are not set where they might be; the disk and all snapshots hold what they held; it can be written
  * on; and amending again ends what was begun.
  */
+#include "crash-fixture.h"
 #include "formats/qcow2/qcow2-amend.h"
 #include "seeds.h"
 #include "snapshot-model.h"
 
-#include <sys/mman.h>
-#include <sys/wait.h>
-
 #define WRITES     10
 #define CUTS_MAX   24 /* for each image; all where there are no more */
-#define SECOND_CUT 7  /* each so many is judged with another cut, too */
 #define FAULTS_MAX 400
 
 enum kind { KIND_UPGRADE, KIND_DOWNGRADE, KIND_DOWNGRADE_BASED, KIND_WIDTH, KIND_LAZY };
@@ -49,20 +46,8 @@ static struct counts {
 static int group_setup(void **state)
 {
     (void)state;
-    counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return counts == MAP_FAILED ? -1 : 0;
-}
-
-static enum sim_end run_on(struct plan *p, void (*fn)(void *), uint64_t seed, uint64_t kill_at_op)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, seed);
-    o.disk = p->m.disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at_op;
-    return sim_run(&o, fn, p);
+    counts = shared_new(sizeof(*counts));
+    return 0;
 }
 
 static void live_a_bit(void *arg)
@@ -162,45 +147,33 @@ static void judge(struct plan *p, uint64_t where)
         die(p, "a third width", where);
     if (!model_is(&p->m, &p->m.state))
         die(p, "it does not hold what it held", where);
-    check(run_on(p, write_on, p->seed + 1, 0) == SIM_RETURNED);
+    check(run_killed_at(p->m.disk, p->seed + 1, write_on, p, 0) == SIM_RETURNED);
     image_judge(p->m.disk, MODEL_PATH, LEAKS_AND_COPIES_ALLOWED, &v);
     p->fault.at = p->allocation = 0;
     p->in_use = true;
     if (p->kind == KIND_WIDTH && v.by_kind[QCOW2_ERROR_NOT_COPIED])
         return; /* it wants to be repaired first */
-    check(run_on(p, amend, p->seed + 2, 0) == SIM_RETURNED && p->result == 0);
+    check(run_killed_at(p->m.disk, p->seed + 2, amend, p, 0) == SIM_RETURNED && p->result == 0);
     image_judge(p->m.disk, MODEL_PATH, LEAKS_AND_COPIES_ALLOWED, &v);
     check(model_is(&p->m, &p->m.state) && is_amended(p, &v));
-    check(run_on(p, write_on, p->seed + 3, 0) == SIM_RETURNED);
+    check(run_killed_at(p->m.disk, p->seed + 3, write_on, p, 0) == SIM_RETURNED);
     image_judge(p->m.disk, MODEL_PATH, LEAKS_AND_COPIES_ALLOWED, &v);
     check(model_is(&p->m, &p->m.state));
 }
 
-static void crash_at(const struct plan *p, uint64_t op, uint64_t cut)
+static void crash_at(const void *plan, uint64_t op, uint64_t cut)
 {
+    const struct plan *p = plan;
     static struct plan q;
 
     q = *p;
     model_put(&q.m, p->bytes, p->len);
-    if (run_on(&q, amend, p->seed, op) == SIM_KILLED) {
+    if (run_killed_at(q.m.disk, p->seed, amend, &q, op) == SIM_KILLED) {
         sim_disk_power_cut(q.m.disk, cut);
         counts->cuts++;
         judge(&q, op);
     }
     sim_disk_free(q.m.disk);
-}
-
-static void crash_everywhere(const struct plan *p)
-{
-    struct prng prng = {p->seed + 9};
-
-    for (uint64_t op = 1; op <= p->ops; op++) {
-        if (p->ops > CUTS_MAX && prng_below(&prng, p->ops) >= CUTS_MAX)
-            continue;
-        crash_at(p, op, 1 + prng_next(&prng) % 1000000);
-        if (op % SECOND_CUT == 0)
-            crash_at(p, op, 1 + prng_next(&prng) % 1000000);
-    }
 }
 
 /* For k = 1, 2, ... until nothing is struck any more. */
@@ -216,7 +189,7 @@ static void fail_each(const struct plan *p, bool memory)
         model_put(&q.m, p->bytes, p->len);
         q.allocation = memory ? k : 0;
         q.fault = (struct sim_fault){.kind = SIM_ERROR, .error = EIO, .at = memory ? 0 : k};
-        check(run_on(&q, amend, p->seed, 0) == SIM_RETURNED);
+        check(run_killed_at(q.m.disk, p->seed, amend, &q, 0) == SIM_RETURNED);
         struck = q.struck;
         counts->failures += struck;
         if (struck)
@@ -279,57 +252,48 @@ static void choose(struct plan *p)
 }
 
 /* The image, and how many operations amending it takes. */
-static void make_plan(struct plan *p, uint64_t seed, enum kind kind)
+static void make_plan(struct plan *p)
 {
     static struct plan whole;
 
-    *p = (struct plan){.seed = seed, .kind = kind};
-    model_begin(&p->m, seed);
+    model_begin(&p->m, p->seed);
     choose(p);
-    model_begin_with(&p->m, kind == KIND_DOWNGRADE_BASED ? &p->base : NULL);
-    check(run_on(p, live_a_bit, seed, 0) == SIM_RETURNED);
+    model_begin_with(&p->m, p->kind == KIND_DOWNGRADE_BASED ? &p->base : NULL);
+    check(run_killed_at(p->m.disk, p->seed, live_a_bit, p, 0) == SIM_RETURNED);
     p->bytes = image_load(p->m.disk, MODEL_PATH, &p->len);
-    if (kind == KIND_UPGRADE && seed % 4)
+    if (p->kind == KIND_UPGRADE && p->seed % 4)
         strip_snapshots(p->bytes);
     sim_disk_free(p->m.disk);
     whole = *p;
     model_put(&whole.m, p->bytes, p->len);
     image_judge(whole.m.disk, MODEL_PATH, LEAKS_ALLOWED, &p->was);
-    check(run_on(&whole, amend, seed, 0) == SIM_RETURNED && whole.result == 0);
+    check(run_killed_at(whole.m.disk, p->seed, amend, &whole, 0) == SIM_RETURNED &&
+          whole.result == 0);
     p->ops = sim_disk_ops(whole.m.disk);
     sim_disk_free(whole.m.disk);
 }
 
-/* In a child: what killed runs had allocated stays until it ends. */
-static void in_child(uint64_t seed, enum kind kind)
+static void crash_and_fail(void *arg)
 {
-    static struct plan p;
-    pid_t child;
-    int status;
+    struct plan *p = arg;
 
-    fflush(NULL);
-    child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        make_plan(&p, seed, kind);
-        crash_everywhere(&p);
-        if (seed % 50 == 10) {
-            fail_each(&p, false);
-            fail_each(&p, true);
-        }
-        fflush(NULL);
-        _exit(0);
+    make_plan(p);
+    crash_everywhere(crash_at, p, p->seed, p->ops, CUTS_MAX);
+    if (p->seed % 50 == 10) {
+        fail_each(p, false);
+        fail_each(p, true);
     }
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_int_equal(status, 0);
 }
 
 static void crash_of(enum kind kind)
 {
+    static struct plan p;
+
     *counts = (struct counts){.cuts = 0};
     TEST_SEEDS (seed) {
+        p = (struct plan){.seed = seed, .kind = kind};
         if (!seeds_enough(20) || seed % 5 == 0) /* it takes long */
-            in_child(seed, kind);
+            in_child(crash_and_fail, &p);
     }
     printf("# %" PRIu64 " power cuts, %" PRIu64 " failures: %" PRIu64 " before and %" PRIu64
            " after the change; %" PRIu64 " left leaks\n",

@@ -6,14 +6,13 @@
  * it is what it was, and then the disk is, too, or what it becomes. None is lost but those that were being removed.
  */
 #include "bitmaps/dirty-bitmap.h"
+#include "crash-fixture.h"
 #include "formats/list.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "seeds.h"
 
 #include <stdio.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
 
 #define IMAGE_PATH "/disk/image"
 #define SIZE_MAX_  ((uint64_t)1 << 20)
@@ -65,8 +64,8 @@ static struct counts {
 static int group_setup(void **state)
 {
     (void)state;
-    counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return counts == MAP_FAILED ? -1 : 0;
+    counts = shared_new(sizeof(*counts));
+    return 0;
 }
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
@@ -297,18 +296,6 @@ static void judge_bitmaps(struct life *l, const char *where)
     free(bits);
 }
 
-static enum sim_end run_on(struct life *l, void (*fn)(void *), uint64_t seed, uint64_t kill_at_op)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, seed);
-    o.disk = l->disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at_op;
-    return sim_run(&o, fn, l);
-}
-
 static void open_and_close(void *arg)
 {
     struct life *l = arg;
@@ -322,8 +309,9 @@ static void open_and_close(void *arg)
     life_close(l);
 }
 
-static void crash_at(const struct life *plan, uint64_t op, uint64_t cut)
+static void crash_at(const void *arg, uint64_t op, uint64_t cut)
 {
+    const struct life *plan = arg;
     static struct life l;
     struct qcow2_verdict v;
     char where[48];
@@ -333,7 +321,7 @@ static void crash_at(const struct life *plan, uint64_t op, uint64_t cut)
     image_put(l.disk, IMAGE_PATH, plan->bytes, plan->len);
     l.prng = plan->live_prng;
     l.now = plan->before;
-    if (run_on(&l, live, l.seed, op) == SIM_KILLED) {
+    if (run_killed_at(l.disk, l.seed, live, &l, op) == SIM_KILLED) {
         sim_disk_power_cut(l.disk, cut);
         counts->cuts++;
         l.now = plan->now; /* what it would have become */
@@ -342,28 +330,18 @@ static void crash_at(const struct life *plan, uint64_t op, uint64_t cut)
         image_judge(l.disk, IMAGE_PATH, LEAKS_ALLOWED, &v);
         counts->leaking += v.leaks > 0;
         judge_bitmaps(&l, where);
-        check(run_on(&l, open_and_close, l.seed + 1, 0) == SIM_RETURNED);
+        check(run_killed_at(l.disk, l.seed + 1, open_and_close, &l, 0) == SIM_RETURNED);
         image_judge(l.disk, IMAGE_PATH, LEAKS_ALLOWED, &v);
     }
     sim_disk_free(l.disk);
 }
 
-static void crash_everywhere(const struct life *plan)
-{
-    struct prng prng = {plan->seed + 9};
-
-    for (uint64_t op = 1; op <= plan->ops; op++) {
-        if (plan->ops <= CUTS_MAX || prng_below(&prng, plan->ops) < CUTS_MAX)
-            crash_at(plan, op, 1 + prng_next(&prng) % 1000000);
-    }
-}
-
 /* Two sessions that end well, and what a third one makes of it when nothing is cut off. */
-static void make_plan(struct life *l, uint64_t seed)
+static void make_plan(struct life *l)
 {
     struct qcow2_verdict v;
 
-    *l = (struct life){.seed = seed, .prng = {seed}, .disk = sim_disk_new()};
+    l->disk = sim_disk_new();
     l->now.size = (1 + prng_below(&l->prng, SECTORS)) * 512;
     qcow2_shape_random(&l->shape, &l->prng, l->now.size);
     l->shape.version = 3;
@@ -375,7 +353,7 @@ static void make_plan(struct life *l, uint64_t seed)
         l->disk = sim_disk_new();
         image_put(l->disk, IMAGE_PATH, l->bytes, l->len);
         l->live_prng = l->prng;
-        check(run_on(l, live, seed, 0) == SIM_RETURNED);
+        check(run_killed_at(l->disk, l->seed, live, l, 0) == SIM_RETURNED);
         image_judge(l->disk, IMAGE_PATH, NO_LEAKS, &v);
         judge_bitmaps(l, "closed in order");
     }
@@ -383,32 +361,24 @@ static void make_plan(struct life *l, uint64_t seed)
     sim_disk_free(l->disk);
 }
 
-/* In a child: what killed runs had allocated stays until it ends. */
-static void in_child(uint64_t seed)
+static void make_and_crash(void *arg)
 {
-    static struct life plan;
-    pid_t child;
-    int status;
+    struct life *plan = arg;
 
-    fflush(NULL);
-    child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        make_plan(&plan, seed);
-        crash_everywhere(&plan);
-        fflush(NULL);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_int_equal(status, 0);
+    make_plan(plan);
+    crash_everywhere(crash_at, plan, plan->seed, plan->ops, CUTS_MAX);
 }
 
 static void test_qcow2_bitmap_crash__each_is_right_or_in_use(void **state)
 {
+    static struct life plan;
+
     (void)state;
     *counts = (struct counts){.cuts = 0};
-    TEST_SEEDS (seed)
-        in_child(seed);
+    TEST_SEEDS (seed) {
+        plan = (struct life){.seed = seed, .prng = {seed}};
+        in_child(make_and_crash, &plan);
+    }
     printf("# %" PRIu64 " power cuts; bitmaps: %" PRIu64 " in use, %" PRIu64 " as before, %" PRIu64
            " as after, %" PRIu64 " removed; %" PRIu64 " cuts left leaks\n",
            counts->cuts, counts->in_use, counts->before, counts->after, counts->gone,

@@ -13,14 +13,12 @@
  *      file
  */
 #include "base/checked.h"
+#include "crash-fixture.h"
 #include "formats/list.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "sector-log.h"
 #include "seeds.h"
-
-#include <sys/mman.h>
-#include <sys/wait.h>
 
 #define WRITERS_MAX 3
 #define BOUNDS_MAX  400
@@ -78,8 +76,8 @@ static struct counts {
 static int group_setup(void **state)
 {
     (void)state;
-    counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return counts == MAP_FAILED ? -1 : 0;
+    counts = shared_new(sizeof(*counts));
+    return 0;
 }
 
 /* ---- the run ---- */
@@ -411,14 +409,7 @@ static void run_end(struct run *r)
 
 static enum sim_end run_until(struct run *r, uint64_t kill_at_op)
 {
-    struct sim_options o;
-
-    sim_options_init(&o, r->plan->seed);
-    o.disk = r->disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at_op;
-    return sim_run(&o, run_plan, r);
+    return run_killed_at(r->disk, r->plan->seed, run_plan, r, kill_at_op);
 }
 
 static void judge_crash(struct run *r, uint64_t cut_seed)
@@ -455,8 +446,10 @@ static void crash_at(const struct plan *p, uint64_t op, uint64_t cut_seed)
     run_end(&r);
 }
 
-static void crash_everywhere(const struct plan *p)
+/* Beside flushes, and elsewhere. */
+static void crash_often(void *arg)
 {
+    const struct plan *p = arg;
     static struct run whole;
     struct prng prng = {p->seed + 9};
     struct qcow2_verdict v;
@@ -479,30 +472,6 @@ static void crash_everywhere(const struct plan *p)
     }
     for (unsigned i = 0; i < RANDOM_CUTS; i++)
         crash_at(p, 1 + prng_below(&prng, ops), i == 4 ? 0 : 1 + prng_next(&prng) % 1000000);
-}
-
-/*
- * In a child: what killed runs had allocated stays until it ends. CAIRN_CRASH_NO_FORK=1 in the environment is for debuggers.
- */
-static void in_child(void (*fn)(const struct plan *), const struct plan *p)
-{
-    pid_t child;
-    int status;
-
-    if (getenv("CAIRN_CRASH_NO_FORK")) {
-        fn(p);
-        return;
-    }
-    fflush(NULL);
-    child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        fn(p);
-        fflush(NULL);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_int_equal(status, 0);
 }
 
 static void print_counts(void)
@@ -545,7 +514,7 @@ static void test_qcow2_crash__writes_zeroes_discards(void **state)
         struct plan p;
 
         plan_random(&p, seed);
-        in_child(crash_everywhere, &p);
+        in_child(crash_often, &p);
     }
     print_counts();
     assert_true(!seeds_enough(50) ||
@@ -564,7 +533,7 @@ static void test_qcow2_crash__while_the_size_changes(void **state)
         p.bounds = 16;
         if (seed % 3 && !p.shape.extended)
             p.shape.cluster_bits = 9; /* L1 grows only there */
-        in_child(crash_everywhere, &p);
+        in_child(crash_often, &p);
     }
     print_counts();
 }
@@ -585,7 +554,7 @@ static void test_qcow2_crash__while_the_refcount_table_grows(void **state)
 
         p.shape.allocated = 3940 + prng_below(&prng, 40); /* the table covers 4096 clusters */
         p.span = (unsigned)p.shape.allocated;
-        in_child(crash_everywhere, &p);
+        in_child(crash_often, &p);
     }
     print_counts();
 }

@@ -5,13 +5,12 @@
  * one of the values that it may have: never what decrypts to something else (WRITE-4).
  */
 #include "base/checked.h"
+#include "crash-fixture.h"
 #include "crypt-fixture.h"
 #include "formats/list.h"
 #include "protocols/list.h"
 #include "sector-log.h"
 #include "seeds.h"
-
-#include <sys/wait.h>
 
 #define TOP    "/disk/top"
 #define BASE   "/disk/base"
@@ -424,12 +423,7 @@ static uint64_t run_cut_at(uint64_t seed, uint64_t kill_at)
     r = (struct run){.m = {.seed = seed, .disk = sim_disk_new()}};
     log_init(&r.log, SIZE / LOG_SECTOR);
     make_disks(r.m.disk, &prng, false, false);
-    sim_options_init(&o, seed);
-    o.disk = r.m.disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at;
-    if (sim_run(&o, run_until_cut, &r) == SIM_KILLED) {
+    if (run_killed_at(r.m.disk, seed, run_until_cut, &r, kill_at) == SIM_KILLED) {
         sim_disk_power_cut(r.m.disk, 1 + prng_next(&prng) % 1000000);
         image_judge(r.m.disk, TOP, LEAKS_ALLOWED, &v);
         sim_options_init(&o, seed + 1);
@@ -443,8 +437,9 @@ static uint64_t run_cut_at(uint64_t seed, uint64_t kill_at)
     return ops;
 }
 
-static void cut_often(uint64_t seed)
+static void cut_often(void *arg)
 {
+    uint64_t seed = *(const uint64_t *)arg;
     struct prng prng = {seed + 9};
     uint64_t ops = run_cut_at(seed, 0);
 
@@ -452,23 +447,10 @@ static void cut_often(uint64_t seed)
         (void)run_cut_at(seed, 1 + prng_below(&prng, ops));
 }
 
-/* In a child: what killed runs had allocated stays until it ends. */
 static void test_qcow2_crypt__power_cuts_show_nothing_else(void **state)
 {
     (void)state;
     (void)crypt_header("a");
-    TEST_SEEDS (seed) {
-        pid_t child;
-        int status;
-
-        fflush(NULL);
-        child = fork();
-        assert_true(child >= 0);
-        if (child == 0) {
-            cut_often(seed);
-            _exit(0);
-        }
-        assert_int_equal(waitpid(child, &status, 0), child);
-        assert_int_equal(status, 0);
-    }
+    TEST_SEEDS (seed)
+        in_child(cut_often, &seed);
 }

@@ -5,15 +5,12 @@
  * with leaks at most, and with COPIED flags that are not set where they might be (SNAP-2); the disk and all snapshots hold what they
  * held; and it can be written on.
  */
+#include "crash-fixture.h"
 #include "seeds.h"
 #include "snapshot-model.h"
 
-#include <sys/mman.h>
-#include <sys/wait.h>
-
-#define WRITES     10
-#define CUTS_MAX   24 /* for each operation; all where there are no more */
-#define SECOND_CUT 7  /* each so many is judged with another cut, too */
+#define WRITES   10
+#define CUTS_MAX 24 /* for each operation; all where there are no more */
 
 /* An image with a past, and what is going to happen to it. */
 struct plan {
@@ -38,21 +35,8 @@ static struct counts {
 static int group_setup(void **state)
 {
     (void)state;
-    counts = mmap(NULL, sizeof(*counts), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return counts == MAP_FAILED ? -1 : 0;
-}
-
-static enum sim_end run_on(struct snapshot_model *m, void (*fn)(void *), void *arg, uint64_t seed,
-                           uint64_t kill_at_op)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, seed);
-    o.disk = m->disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at_op;
-    return sim_run(&o, fn, arg);
+    counts = shared_new(sizeof(*counts));
+    return 0;
 }
 
 static void live_a_bit(void *arg)
@@ -120,20 +104,21 @@ static void judge_crash(const struct plan *p, struct snapshot_model *m, const ch
                 p->seed, p->op, where);
         abort();
     }
-    check(run_on(m, write_on, m, p->seed + 1, 0) == SIM_RETURNED);
+    check(run_killed_at(m->disk, p->seed + 1, write_on, m, 0) == SIM_RETURNED);
     judge(m, &v);
     check(model_is(m, &m->state));
 }
 
-static void crash_at(const struct plan *p, uint64_t op, uint64_t cut)
+static void crash_at(const void *plan, uint64_t op, uint64_t cut)
 {
+    const struct plan *p = plan;
     static struct plan q;
     char where[40];
 
     q = *p;
     q.m.disk = sim_disk_new();
     image_put(q.m.disk, MODEL_PATH, p->bytes, p->len);
-    if (run_on(&q.m, operate, &q, p->seed, op) == SIM_KILLED) {
+    if (run_killed_at(q.m.disk, p->seed, operate, &q, op) == SIM_KILLED) {
         sim_disk_power_cut(q.m.disk, cut);
         counts->cuts++;
         (void)snprintf(where, sizeof(where), "cut %" PRIu64 " at %" PRIu64, cut, op);
@@ -142,68 +127,46 @@ static void crash_at(const struct plan *p, uint64_t op, uint64_t cut)
     sim_disk_free(q.m.disk);
 }
 
-static void crash_everywhere(const struct plan *p)
-{
-    struct prng prng = {p->seed + 9};
-
-    for (uint64_t op = 1; op <= p->ops; op++) {
-        if (p->ops > CUTS_MAX && prng_below(&prng, p->ops) >= CUTS_MAX)
-            continue;
-        crash_at(p, op, 1 + prng_next(&prng) % 1000000);
-        if (op % SECOND_CUT == 0)
-            crash_at(p, op, 1 + prng_next(&prng) % 1000000);
-    }
-}
-
 /* The image, and what the operation makes of it when nothing is cut off. */
-static void make_plan(struct plan *p, uint64_t seed, enum model_op op)
+static void make_plan(struct plan *p)
 {
     static struct plan whole;
 
-    *p = (struct plan){.seed = seed, .op = op};
-    model_begin(&p->m, seed);
+    model_begin(&p->m, p->seed);
     if (p->m.shape.refcount_order < 2)
         p->m.shape.refcount_order = 2; /* room for a few */
     sim_disk_free(p->m.disk);
     p->m.disk = sim_disk_new();
     image_make(p->m.disk, MODEL_PATH, &p->m.shape);
-    check(run_on(&p->m, live_a_bit, &p->m, seed, 0) == SIM_RETURNED);
+    check(run_killed_at(p->m.disk, p->seed, live_a_bit, &p->m, 0) == SIM_RETURNED);
     p->bytes = image_load(p->m.disk, MODEL_PATH, &p->len);
     sim_disk_free(p->m.disk);
     whole = *p;
     whole.m.disk = sim_disk_new();
     image_put(whole.m.disk, MODEL_PATH, p->bytes, p->len);
-    check(run_on(&whole.m, operate, &whole, seed, 0) == SIM_RETURNED);
+    check(run_killed_at(whole.m.disk, p->seed, operate, &whole, 0) == SIM_RETURNED);
     p->ops = sim_disk_ops(whole.m.disk);
     p->after = whole.m.state;
     sim_disk_free(whole.m.disk);
 }
 
-/* In a child: what killed runs had allocated stays until it ends. */
-static void in_child(uint64_t seed, enum model_op op)
+static void make_and_crash(void *arg)
 {
-    static struct plan p;
-    pid_t child;
-    int status;
+    struct plan *p = arg;
 
-    fflush(NULL);
-    child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        make_plan(&p, seed, op);
-        crash_everywhere(&p);
-        fflush(NULL);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_int_equal(status, 0);
+    make_plan(p);
+    crash_everywhere(crash_at, p, p->seed, p->ops, CUTS_MAX);
 }
 
 static void crash_of(enum model_op op)
 {
+    static struct plan p;
+
     *counts = (struct counts){.cuts = 0};
-    TEST_SEEDS (seed)
-        in_child(seed, op);
+    TEST_SEEDS (seed) {
+        p = (struct plan){.seed = seed, .op = op};
+        in_child(make_and_crash, &p);
+    }
     printf("# %" PRIu64 " power cuts, %" PRIu64 " before and %" PRIu64 " after the change; %" PRIu64
            " left leaks, %" PRIu64 " flags that are not set\n",
            counts->cuts, counts->before, counts->after, counts->leaking, counts->uncopied);
