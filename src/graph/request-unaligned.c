@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Requests that do not fit their node's alignment, in place or in memory: through a buffer, step by step. A write reads the
- * blocks at its two ends first and excludes every other write to its blocks meanwhile.
+ * blocks at its two ends first and excludes every other write to its blocks meanwhile. So does a read of encrypted blocks: of one
+ * that is half written nothing can be read, not even what nobody changes (CIPHER-3, docs/formats/luks.md).
  */
 #include "base/checked.h"
 #include "base/macros.h"
@@ -35,7 +36,27 @@ static uint64_t step_end(const struct node *node, uint64_t from, uint64_t end)
                align_down(from, node->align) + MAX(BOUNCE_STEP, (uint64_t)node->align));
 }
 
-int node_co_read_unaligned(struct node *node, const struct request *req)
+static bool is_encrypted(const struct node *node)
+{
+    return node->driver->encrypted && node->driver->encrypted(node);
+}
+
+static bool is_in_part(const struct node *node, const struct request *req)
+{
+    return (req->offset | req->len) & (node->align - 1);
+}
+
+/* All blocks that a request touches. */
+static int co_fn blocks_begin(struct node *node, struct overlap_range *range,
+                              const struct request *req, bool exclusive)
+{
+    uint64_t first = align_down(req->offset, node->align);
+
+    return overlap_begin(&node->overlap, range, first,
+                         align_up(req->offset + req->len, node->align) - first, exclusive);
+}
+
+static int co_fn read_steps(struct node *node, const struct request *req)
 {
     uint64_t end = req->offset + req->len;
     uint64_t pos = req->offset;
@@ -53,6 +74,21 @@ int node_co_read_unaligned(struct node *node, const struct request *req)
         pos += len;
     }
     iobuf_unref(b);
+    return r;
+}
+
+int node_co_read_unaligned(struct node *node, const struct request *req)
+{
+    struct overlap_range range;
+    int r;
+
+    if (!is_in_part(node, req) || !is_encrypted(node))
+        return read_steps(node, req);
+    r = blocks_begin(node, &range, req, true);
+    if (r < 0)
+        return r;
+    r = read_steps(node, req);
+    overlap_end(&node->overlap, &range);
     return r;
 }
 
@@ -75,15 +111,13 @@ int node_co_write_unaligned(struct node *node, const struct request *req)
     uint64_t end = req->offset + req->len;
     uint64_t pos = req->offset;
     struct iobuf *b = iobuf_new((size_t)(step_end(node, pos, end) - align_down(pos, node->align)));
-    /* Whole blocks from memory at a wrong address are only copied: nothing is read that others might be writing. */
-    bool in_part = (req->offset | req->len) & (node->align - 1);
     struct overlap_range range;
     int r;
 
     if (!b)
         return -ENOMEM;
-    r = overlap_begin(&node->overlap, &range, align_down(pos, node->align),
-                      align_up(end, node->align) - align_down(pos, node->align), in_part);
+    /* Whole blocks from memory at a wrong address are only copied: nothing is read that others might be writing. */
+    r = blocks_begin(node, &range, req, is_in_part(node, req));
     if (r < 0) {
         iobuf_unref(b);
         return r;

@@ -313,6 +313,90 @@ static void test_qcow2_crypt__volume_is_a_flat_array(void **state)
         model_of(seed, true);
 }
 
+/* ---- neighbours within a sector ---- */
+
+#define NEIGHBOUR ((uint64_t)256) /* bytes of sector 0 from here on never change */
+
+static void write_beside(void *arg)
+{
+    struct actor *a = arg;
+    uint8_t data[NEIGHBOUR];
+
+    check(backend_attach(a->model->backend) == 0);
+    for (unsigned i = 0; i < OPS; i++) {
+        memset(data, (int)i, sizeof(data));
+        check(write_at(a->model->backend, 0, sizeof(data), data) == 0);
+    }
+}
+
+static void read_beside(void *arg)
+{
+    struct actor *a = arg;
+    uint64_t from = NEIGHBOUR + prng_below(&a->prng, 100);
+
+    check(backend_attach(a->model->backend) == 0);
+    for (unsigned i = 0; i < OPS; i++)
+        compare(a->model, from, 100);
+}
+
+static void write_there(void *arg)
+{
+    struct actor *a = arg;
+
+    check(loop_co_call(loop_thread_loop(a->model->threads[a->number]), write_beside, a) == 0);
+}
+
+static void read_there(void *arg)
+{
+    struct actor *a = arg;
+
+    check(loop_co_call(loop_thread_loop(a->model->threads[a->number]), read_beside, a) == 0);
+}
+
+static void run_neighbours(void *arg)
+{
+    struct model *m = arg;
+    struct actor actors[2];
+    struct error *err = NULL;
+    struct co_scope s;
+
+    open_disk(m);
+    memset(m->flat, 0x5a, LOG_SECTOR);
+    check(write_at(m->backend, 0, LOG_SECTOR, m->flat) == 0);
+    co_scope_init(&s);
+    for (unsigned i = 0; i < ARRAY_SIZE(actors); i++) {
+        check(loop_thread_start(&m->threads[i], "io", &err) == 0);
+        actors[i] = (struct actor){m, i, {m->seed}};
+        check(co_scope_start(&s, i ? read_there : write_there, &actors[i]) == 0);
+    }
+    co_scope_join(&s);
+    close_disk(m);
+    for (unsigned i = 0; i < ARRAY_SIZE(actors); i++)
+        loop_thread_stop(m->threads[i]);
+}
+
+/* A sector that is half written decrypts to something else, also where it does not change. */
+static void test_qcow2_crypt__no_sector_is_read_half_written(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct model *m = xnew(struct model);
+        struct prng prng = {seed};
+        struct sim_options o;
+
+        m->seed = seed;
+        m->disk = sim_disk_new();
+        m->is_luks = seed % 2;
+        make_disks(m->disk, &prng, m->is_luks, false);
+        sim_options_init(&o, seed);
+        o.disk = m->disk;
+        o.short_per_mille = 500;
+        assert_int_equal(sim_run(&o, run_neighbours, m), SIM_RETURNED);
+        m->disk = sim_disk_free(m->disk);
+        free(m);
+    }
+}
+
 /* ---- damage ---- */
 
 static void write_much(void *arg)
