@@ -4,8 +4,12 @@
  * host clusters are freed and given to others while requests that had looked them up are still under way. Each sector is a
  * register (sector-log.h): a read that finds another sector's content, a value that had been replaced before it began, or half of
  * one, is seen as what it is. Under sim by seed, and on real threads.
+ *
+ * In the cases about changes the size of the disk changes meanwhile, and snapshots are made, applied and deleted in between: the
+ * actors race for clusters that snapshots hold, too, and these hold what they held.
  */
 #include "formats/list.h"
+#include "formats/qcow2/qcow2-snapshot.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "sector-log.h"
@@ -18,8 +22,18 @@
 #define TOP     "top.qcow2"
 #define BASE    "base.qcow2"
 #define DATA    "top.data"
+#define ROUNDS  4 /* where there are changes */
+#define RESIZES 3 /* in each of these */
+#define KEPT    4
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
+
+/* What a snapshot holds. */
+struct kept {
+    char name[16];
+    uint64_t size;
+    uint8_t *data;
+};
 
 struct race {
     uint64_t seed;
@@ -31,6 +45,10 @@ struct race {
     bool fails; /* the disk does, now and then, once the image is open */
     bool
         drops; /* a flush that fails loses what was not flushed: reads may show anything until the image is opened again */
+    bool changes; /* of the size, and of snapshots */
+    struct kept kept[KEPT];
+    unsigned kept_count;
+    unsigned named; /* snapshots so far */
     struct sim_fault *faults;
     unsigned fault_count;
     unsigned narrow; /* sectors that most requests are about */
@@ -46,6 +64,19 @@ struct actor {
     struct prng prng;
 };
 
+/* The disk never becomes smaller than that. */
+static uint64_t least_sectors(const struct race *r)
+{
+    return r->changes ? r->narrow / 2 : SECTORS;
+}
+
+/* What may lie beyond the end is refused. */
+static bool is_right(const struct race *r, uint64_t first, uint64_t count, int result)
+{
+    return result == 0 || r->fails ||
+           (first + count > least_sectors(r) && (result == -EIO || result == -EINVAL));
+}
+
 static void race_write(struct race *r, uint64_t first, uint64_t count, unsigned flags)
 {
     uint64_t value = log_new_value(&r->log);
@@ -58,7 +89,7 @@ static void race_write(struct race *r, uint64_t first, uint64_t count, unsigned 
     op = log_begin(&r->log, first, count, value, false);
     result = send_request(r->backend, REQUEST_WRITE, flags, first * LOG_SECTOR, count * LOG_SECTOR,
                           data);
-    check(result == 0 || r->fails);
+    check(is_right(r, first, count, result));
     log_end(&r->log, op, false, result < 0);
     free(data);
 }
@@ -69,7 +100,7 @@ static void race_read(struct race *r, uint64_t first, uint64_t count)
     uint64_t start = log_tick(&r->log);
     int result = read_at(r->backend, first * LOG_SECTOR, count * LOG_SECTOR, data);
 
-    check(result == 0 || r->fails);
+    check(is_right(r, first, count, result));
     if (result == 0 && !r->drops)
         log_check_read(&r->log, first, count, data, start);
     free(data);
@@ -90,7 +121,7 @@ static void race_clear(struct race *r, enum request_kind kind, unsigned flags, u
     int result =
         send_request(r->backend, kind, flags, first * LOG_SECTOR, count * LOG_SECTOR, NULL);
 
-    check(result == 0 || r->fails);
+    check(is_right(r, first, count, result));
     log_end(&r->log, op, false, result < 0);
 }
 
@@ -99,7 +130,7 @@ static void race_flush(struct race *r)
     uint64_t start = log_tick(&r->log);
     int result = flush(r->backend);
 
-    check(result == 0 || r->fails);
+    check(is_right(r, 0, 0, result));
     if (result == 0)
         log_flushed(&r->log, start);
 }
@@ -157,7 +188,7 @@ static void act(void *arg)
     if (!a->race->disk)
         sim_install_random_spins(a->race->seed * ACTORS + a->number + 1);
     check(backend_attach(a->race->backend) == 0);
-    for (unsigned i = 0; i < OPS; i++)
+    for (unsigned i = 0; i < (a->race->changes ? OPS / 2 : OPS); i++)
         race_once(a);
     if (!a->race->disk)
         sim_install_random_spins(0);
@@ -192,12 +223,154 @@ static void make_images(struct race *r)
     image_make(r->disk, r->top, &r->shape);
 }
 
+/* ---- changes ---- */
+
+static void race_resize(struct race *r, struct prng *prng)
+{
+    AUTO(error_free) struct error *err = NULL;
+    uint64_t old = backend_size(r->backend) / LOG_SECTOR;
+    uint64_t least = least_sectors(r);
+    uint64_t size =
+        prng_chance(prng, 400) ? SECTORS : least + prng_below(prng, SECTORS + 1 - least);
+    uint64_t first = MIN(old, size); /* what comes into sight is zero, as what is cut off was */
+    uint32_t op = log_begin(&r->log, first, SECTORS - first, 0, false);
+    int result = graph_co_resize(r->graph, "top", size * LOG_SECTOR, &err);
+
+    if (result < 0) {
+        fprintf(stderr, "resize: %s\n", error_text(err));
+        abort();
+    }
+    log_end(&r->log, op, false, false);
+}
+
+static void keep_resizing(void *arg)
+{
+    struct race *r = arg;
+    struct prng prng = {r->seed + 55};
+
+    for (unsigned i = 0; i < RESIZES; i++) {
+        check(co_sleep_until(loop_now() + prng_below(&prng, 4) * NS_PER_MS) == 0);
+        race_resize(r, &prng);
+    }
+}
+
+/* What follows on snapshots is done while no actor is there. */
+static void race_keep(struct race *r)
+{
+    AUTO(error_free) struct error *err = NULL;
+    struct kept *k = &r->kept[r->kept_count++];
+    struct qcow2_snapshot_new how = {.name = k->name, .date_s = 1};
+
+    (void)snprintf(k->name, sizeof(k->name), "s%u", r->named++);
+    k->size = backend_size(r->backend);
+    k->data = xalloc(1, SECTORS * LOG_SECTOR);
+    check(read_at(r->backend, 0, k->size, k->data) == 0);
+    check(qcow2_co_snapshot_create(r->backend, &how, &err) == 0);
+}
+
+static void race_drop(struct race *r, unsigned i)
+{
+    AUTO(error_free) struct error *err = NULL;
+
+    check(qcow2_co_snapshot_delete(r->backend, r->kept[i].name, &err) == 0);
+    free(r->kept[i].data);
+    r->kept_count--;
+    memmove(&r->kept[i], &r->kept[i + 1], (r->kept_count - i) * sizeof(r->kept[0]));
+}
+
+/* As if each sector were written anew; where there are pieces of several values nothing is done. */
+static void race_apply(struct race *r, unsigned i)
+{
+    AUTO(error_free) struct error *err = NULL;
+    const struct kept *k = &r->kept[i];
+    bool vm_state;
+
+    for (uint64_t n = 0; n < SECTORS; n++) {
+        if (log_value(k->data + n * LOG_SECTOR, n) == LOG_ALIEN)
+            return;
+    }
+    check(qcow2_co_snapshot_apply(r->backend, k->name, &vm_state, &err) == 0);
+    check(backend_size(r->backend) == k->size);
+    for (uint64_t n = 0; n < SECTORS; n++) {
+        uint64_t value = log_value(k->data + n * LOG_SECTOR, n);
+
+        log_end(&r->log, log_begin(&r->log, n, 1, value, false), false, false);
+    }
+}
+
+static void change_snapshots(struct race *r, struct prng *prng)
+{
+    if (r->shape.data_file)
+        return; /* there are none */
+    if (r->kept_count == KEPT || (r->kept_count && prng_chance(prng, 300)))
+        race_drop(r, (unsigned)prng_below(prng, r->kept_count));
+    if (r->kept_count && prng_chance(prng, 300))
+        race_apply(r, (unsigned)prng_below(prng, r->kept_count));
+    race_keep(r);
+}
+
+/* By the judge, of the closed image. */
+static void judge_kept(struct race *r)
+{
+    uint8_t *data = xalloc(SECTORS, LOG_SECTOR);
+    struct qcow2_layer layers[2] = {{.snapshot = 0}};
+    size_t len;
+    uint8_t *top = image_load(r->disk, r->top, &len);
+    uint8_t *base = NULL;
+
+    layers[0].file = qcow2_file_in_memory(top, len);
+    if (r->has_base) {
+        base = image_load(r->disk, r->base, &len);
+        layers[1].file = qcow2_file_in_memory(base, len);
+    }
+    for (unsigned i = 0; i < r->kept_count; i++) {
+        struct kept *k = &r->kept[i];
+
+        layers[0].snapshot = i + 1;
+        check(qcow2_read_guest(layers, r->has_base ? 2 : 1, 0, data, (size_t)k->size) == 0);
+        check(memcmp(data, k->data, (size_t)k->size) == 0);
+        free(k->data);
+    }
+    free(base);
+    free(top);
+    free(data);
+}
+
+/* ---- the whole ---- */
+
+static void race_round(struct race *r, unsigned number)
+{
+    struct actor actors[ACTORS];
+    struct co_scope s;
+
+    co_scope_init(&s);
+    for (unsigned i = 0; i < ACTORS; i++) {
+        actors[i] = (struct actor){r, i, {r->seed * ACTORS + i + number * UINT64_C(0x10000000)}};
+        check(co_scope_start(&s, act_there, &actors[i]) == 0);
+    }
+    if (r->changes)
+        check(co_scope_start(&s, keep_resizing, r) == 0);
+    co_scope_join(&s);
+}
+
+static void race_read_all(struct race *r)
+{
+    uint64_t sectors = backend_size(r->backend) / LOG_SECTOR;
+    uint8_t *data = xalloc(sectors, LOG_SECTOR);
+    uint64_t start = log_tick(&r->log);
+    int result = read_at(r->backend, 0, sectors * LOG_SECTOR, data);
+
+    check(result == 0 || r->fails);
+    if (result == 0 && !r->drops)
+        log_check_read(&r->log, 0, sectors, data, start);
+    free(data);
+}
+
 static void run_race(void *arg)
 {
     struct race *r = arg;
-    struct actor actors[ACTORS];
+    struct prng prng = {r->seed + 66};
     struct error *err = NULL;
-    struct co_scope s;
 
     for (unsigned i = 0; i < LOOPS; i++)
         check(loop_thread_start(&r->threads[i], "io", &err) == 0);
@@ -211,25 +384,25 @@ static void run_race(void *arg)
     r->backend = must_attach(r->graph, "top", ACCESS_RW, "actor");
     for (unsigned i = 0; i < r->fault_count; i++)
         sim_fault_add(&r->faults[i]);
-    co_scope_init(&s);
-    for (unsigned i = 0; i < ACTORS; i++) {
-        actors[i] = (struct actor){r, i, {r->seed * ACTORS + i}};
-        check(co_scope_start(&s, act_there, &actors[i]) == 0);
+    for (unsigned i = 0; i < (r->changes ? ROUNDS : 1); i++) {
+        if (i)
+            change_snapshots(r, &prng);
+        race_round(r, i);
     }
-    co_scope_join(&s);
-    race_read(r, 0, SECTORS);
+    race_read_all(r);
     backend_co_free(r->backend);
     graph_co_free(r->graph);
     for (unsigned i = 0; i < LOOPS; i++)
         loop_thread_stop(r->threads[i]);
 }
 
-static void race_init(struct race *r, uint64_t seed, struct sim_disk *disk, const char *dir)
+static void race_init(struct race *r, uint64_t seed, struct sim_disk *disk, const char *dir,
+                      bool changes)
 {
     static const unsigned bits[] = {9, 10, 12, 13};
     struct prng prng = {seed};
 
-    *r = (struct race){.seed = seed, .disk = disk};
+    *r = (struct race){.seed = seed, .disk = disk, .changes = changes};
     r->shape = (struct qcow2_shape){
         .version = prng_chance(&prng, 200) ? 2 : 3,
         .cluster_bits = bits[prng_below(&prng, ARRAY_SIZE(bits))],
@@ -241,6 +414,8 @@ static void race_init(struct race *r, uint64_t seed, struct sim_disk *disk, cons
         r->shape.cluster_bits = 14; /* a subcluster is a sector */
     }
     r->has_base = prng_chance(&prng, 500);
+    if (changes && r->has_base)
+        r->shape.version = 3; /* else it cannot grow */
     r->narrow = (unsigned)MIN(SECTORS, (2 + prng_below(&prng, 6)) << (r->shape.cluster_bits - 9));
     (void)snprintf(r->top, sizeof(r->top), "%s/" TOP, dir);
     (void)snprintf(r->base, sizeof(r->base), "%s/" BASE, dir);
@@ -251,32 +426,44 @@ static void race_init(struct race *r, uint64_t seed, struct sim_disk *disk, cons
     make_images(r);
 }
 
+static void race_under_sim(uint64_t seed, bool changes)
+{
+    static struct race r;
+    struct qcow2_verdict v;
+    struct sim_options o;
+    /* Who has looked something up uses it long after others have freed it and given it away. */
+    struct sim_fault late = {
+        .ops = SIM_OP(IO_READ) | SIM_OP(IO_WRITE),
+        .kind = SIM_DELAY,
+        .delay_ns = (2 + seed % 7 * 5) * NS_PER_MS,
+        .per_mille = seed % 5 ? 60 * (seed % 5) : 0,
+    };
+    struct sim_fault *faults[] = {&late};
+
+    race_init(&r, seed, sim_disk_new(), "/disk", changes);
+    sim_options_init(&o, seed);
+    o.disk = r.disk;
+    o.faults = faults;
+    o.fault_count = ARRAY_SIZE(faults);
+    assert_int_equal(sim_run(&o, run_race, &r), SIM_RETURNED);
+    image_judge(r.disk, r.top, NO_LEAKS, &v);
+    judge_kept(&r);
+    sim_disk_free(r.disk);
+    log_release(&r.log);
+}
+
 static void test_qcow2_races__under_sim(void **state)
 {
     (void)state;
-    TEST_SEEDS (seed) {
-        static struct race r;
-        struct qcow2_verdict v;
-        struct sim_options o;
-        /* Who has looked something up uses it long after others have freed it and given it away. */
-        struct sim_fault late = {
-            .ops = SIM_OP(IO_READ) | SIM_OP(IO_WRITE),
-            .kind = SIM_DELAY,
-            .delay_ns = (2 + seed % 7 * 5) * NS_PER_MS,
-            .per_mille = seed % 5 ? 60 * (seed % 5) : 0,
-        };
-        struct sim_fault *faults[] = {&late};
+    TEST_SEEDS (seed)
+        race_under_sim(seed, false);
+}
 
-        race_init(&r, seed, sim_disk_new(), "/disk");
-        sim_options_init(&o, seed);
-        o.disk = r.disk;
-        o.faults = faults;
-        o.fault_count = ARRAY_SIZE(faults);
-        assert_int_equal(sim_run(&o, run_race, &r), SIM_RETURNED);
-        image_judge(r.disk, r.top, NO_LEAKS, &v);
-        sim_disk_free(r.disk);
-        log_release(&r.log);
-    }
+static void test_qcow2_races__with_changes_under_sim(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed)
+        race_under_sim(seed, true);
 }
 
 /* What there is when the disk has come to its senses, and the image is opened again. */
@@ -326,7 +513,7 @@ static void test_qcow2_races__on_a_disk_that_fails(void **state)
              .at = seed % 5 ? 0 : 1 + seed % 40},
         };
 
-        race_init(&r, seed, sim_disk_new(), "/disk");
+        race_init(&r, seed, sim_disk_new(), "/disk", false);
         r.fails = true;
         r.drops = faults[2].at && faults[2].kind == SIM_SYNC_DROPS;
         r.faults = faults;
@@ -345,7 +532,7 @@ static void test_qcow2_races__on_a_disk_that_fails(void **state)
     assert_true(!seeds_enough(20) || fired > 0);
 }
 
-static void on_real_threads(enum loop_engine engine, const char *where)
+static void on_real_threads(enum loop_engine engine, const char *where, bool changes)
 {
     TEST_SEEDS (seed) {
         static struct race r;
@@ -354,9 +541,10 @@ static void on_real_threads(enum loop_engine engine, const char *where)
 
         (void)snprintf(dir, sizeof(dir), "%s/test-qcow2-XXXXXX", where);
         assert_non_null(mkdtemp(dir));
-        race_init(&r, seed, NULL, dir);
+        race_init(&r, seed, NULL, dir, changes);
         on_engine(engine, run_race, &r);
         image_judge(NULL, r.top, NO_LEAKS, &v);
+        judge_kept(&r);
         unlink(r.top);
         unlink(r.base);
         image_beside(data, r.top, DATA);
@@ -369,11 +557,23 @@ static void on_real_threads(enum loop_engine engine, const char *where)
 static void test_qcow2_races__on_io_uring(void **state)
 {
     (void)state;
-    on_real_threads(LOOP_ENGINE_IO_URING, ".");
+    on_real_threads(LOOP_ENGINE_IO_URING, ".", false);
 }
 
 static void test_qcow2_races__on_threads(void **state)
 {
     (void)state;
-    on_real_threads(LOOP_ENGINE_THREADS, "/dev/shm");
+    on_real_threads(LOOP_ENGINE_THREADS, "/dev/shm", false);
+}
+
+static void test_qcow2_races__with_changes_on_io_uring(void **state)
+{
+    (void)state;
+    on_real_threads(LOOP_ENGINE_IO_URING, ".", true);
+}
+
+static void test_qcow2_races__with_changes_on_threads(void **state)
+{
+    (void)state;
+    on_real_threads(LOOP_ENGINE_THREADS, "/dev/shm", true);
 }
