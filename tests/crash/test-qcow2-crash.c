@@ -15,9 +15,8 @@
 #include "base/checked.h"
 #include "crash-fixture.h"
 #include "formats/list.h"
+#include "logged-disk.h"
 #include "protocols/list.h"
-#include "qcow2-fixture.h"
-#include "sector-log.h"
 #include "seeds.h"
 
 #define WRITERS_MAX 3
@@ -97,78 +96,35 @@ struct writer {
     struct prng prng;
 };
 
-static void send_sectors(struct writer *w, uint64_t first, uint64_t count, unsigned flags)
+static void write_sectors(struct run *r, uint64_t first, uint64_t count, unsigned flags)
 {
-    struct run *r = w->run;
-    uint64_t value = log_new_value(&r->log);
-    uint8_t *data = xalloc(count, LOG_SECTOR);
-    uint32_t op;
-    int result;
-
-    for (uint64_t i = 0; i < count; i++)
-        log_fill(data + i * LOG_SECTOR, first + i, value);
-    op = log_begin(&r->log, first, count, value, false);
-    result = send_request(r->backend, REQUEST_WRITE, flags, first * LOG_SECTOR, count * LOG_SECTOR,
-                          data);
-    check(result == 0);
-    log_end(&r->log, op, flags & REQUEST_FUA, false);
-    free(data);
-}
-
-static void write_sectors(struct writer *w, uint64_t first, uint64_t count, bool fua)
-{
-    send_sectors(w, first, count, fua ? REQUEST_FUA : 0);
+    check(logged_write(r->backend, &r->log, first, count, flags) == 0);
 }
 
 /* Whole clusters around that, or to the end of the disk. */
-static void write_compressed(struct writer *w, uint64_t first, uint64_t count)
+static void write_compressed(struct run *r, uint64_t first, uint64_t count)
 {
-    struct run *r = w->run;
     uint64_t per_cluster = ((uint64_t)1 << r->plan->shape.cluster_bits) / LOG_SECTOR;
     uint64_t from = align_down(first, per_cluster);
     uint64_t to = MIN(align_up(first + count, per_cluster), r->size_now / LOG_SECTOR);
 
-    send_sectors(w, from, MIN(to - from, 2 * per_cluster),
-                 r->plan->shape.data_file ? 0 : REQUEST_COMPRESSED);
+    write_sectors(r, from, MIN(to - from, 2 * per_cluster),
+                  r->plan->shape.data_file ? 0 : REQUEST_COMPRESSED);
 }
 
-static void zero_sectors(struct writer *w, uint64_t first, uint64_t count, bool unmap)
+static void zero_sectors(struct run *r, uint64_t first, uint64_t count, unsigned flags)
 {
-    struct run *r = w->run;
-    uint32_t op = log_begin(&r->log, first, count, 0, false);
-
-    check(send_request(r->backend, REQUEST_WRITE_ZEROES, unmap ? REQUEST_MAY_UNMAP : 0,
-                       first * LOG_SECTOR, count * LOG_SECTOR, NULL) == 0);
-    log_end(&r->log, op, false, false);
+    check(logged_clear(r->backend, &r->log, REQUEST_WRITE_ZEROES, first, count, flags) == 0);
 }
 
-static void discard_sectors(struct writer *w, uint64_t first, uint64_t count)
+static void discard_sectors(struct run *r, uint64_t first, uint64_t count)
 {
-    struct run *r = w->run;
-    uint32_t op = log_begin(&r->log, first, count, 0, true);
-
-    check(send_request(r->backend, REQUEST_DISCARD, 0, first * LOG_SECTOR, count * LOG_SECTOR,
-                       NULL) == 0);
-    log_end(&r->log, op, false, false);
+    check(logged_clear(r->backend, &r->log, REQUEST_DISCARD, first, count, 0) == 0);
 }
 
-static void read_sectors(struct writer *w, uint64_t first, uint64_t count)
+static void read_sectors(struct run *r, uint64_t first, uint64_t count)
 {
-    struct run *r = w->run;
-    uint8_t *data = xalloc(count, LOG_SECTOR);
-    uint64_t start = log_tick(&r->log);
-
-    check(read_at(r->backend, first * LOG_SECTOR, count * LOG_SECTOR, data) == 0);
-    log_check_read(&r->log, first, count, data, start);
-    free(data);
-}
-
-static void flush_all(struct run *r)
-{
-    uint64_t start = log_tick(&r->log);
-
-    if (flush(r->backend) == 0)
-        log_flushed(&r->log, start);
+    check(logged_read(r->backend, &r->log, first, count) == 0);
 }
 
 /* Whole clusters, parts of one, or a bit of several; seldom many. */
@@ -202,33 +158,33 @@ static void write_a_bit(void *arg)
         switch (prng_below(&w->prng, 22)) {
         case 0:
         case 1:
-            zero_sectors(w, first, count, false);
+            zero_sectors(r, first, count, 0);
             break;
         case 2:
-            zero_sectors(w, first, count, true);
+            zero_sectors(r, first, count, REQUEST_MAY_UNMAP);
             break;
         case 3:
         case 4:
         case 5:
-            discard_sectors(w, first, count);
+            discard_sectors(r, first, count);
             break;
         case 6:
         case 7:
         case 8:
-            flush_all(r);
+            (void)logged_flush(r->backend, &r->log);
             break;
         case 9:
-            write_sectors(w, first, count, true);
+            write_sectors(r, first, count, REQUEST_FUA);
             break;
         case 10:
-            read_sectors(w, first, count);
+            read_sectors(r, first, count);
             break;
         case 11:
         case 12:
-            write_compressed(w, first, count);
+            write_compressed(r, first, count);
             break;
         default:
-            write_sectors(w, first, count, false);
+            write_sectors(r, first, count, 0);
             break;
         }
     }
@@ -356,12 +312,12 @@ static void look_and_write_on(void *arg)
         r->log.sectors[i].initial = value;
         r->log.sectors[i].count = 0;
         if (value == LOG_ALIEN) /* pieces of several that were written at once */
-            write_sectors(&w, i, 1, false);
+            write_sectors(r, i, 1, 0);
     }
     check(loop_co_call(loop_thread_loop(r->threads[0]), write_a_bit, &w) == 0);
-    flush_all(r);
+    (void)logged_flush(r->backend, &r->log);
     check(backend_attach(r->backend) == 0);
-    read_sectors(&w, 0, size / LOG_SECTOR);
+    read_sectors(r, 0, size / LOG_SECTOR);
     close_disk(r);
     loop_thread_stop(r->threads[0]);
     free(judged);

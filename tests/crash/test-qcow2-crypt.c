@@ -8,8 +8,8 @@
 #include "crash-fixture.h"
 #include "crypt-fixture.h"
 #include "formats/list.h"
+#include "logged-disk.h"
 #include "protocols/list.h"
-#include "sector-log.h"
 #include "seeds.h"
 
 #define TOP    "/disk/top"
@@ -446,22 +446,11 @@ static void write_sectors(struct run *r, struct prng *prng)
 {
     uint64_t first = prng_below(prng, SIZE / LOG_SECTOR);
     uint64_t count = 1 + prng_below(prng, MIN(SIZE / LOG_SECTOR - first, (uint64_t)60));
-    uint64_t value = prng_chance(prng, 850) ? log_new_value(&r->log) : 0;
-    uint8_t *data = xalloc(count, LOG_SECTOR);
-    uint32_t op = log_begin(&r->log, first, count, value, false);
-    int result;
+    int result = prng_chance(prng, 850)
+                     ? logged_write(r->m.backend, &r->log, first, count, 0)
+                     : logged_clear(r->m.backend, &r->log, REQUEST_WRITE_ZEROES, first, count, 0);
 
-    for (uint64_t i = 0; i < count; i++)
-        log_fill(data + i * LOG_SECTOR, first + i, value);
-    if (value)
-        result = send_request(r->m.backend, REQUEST_WRITE, 0, first * LOG_SECTOR,
-                              count * LOG_SECTOR, data);
-    else
-        result = send_request(r->m.backend, REQUEST_WRITE_ZEROES, 0, first * LOG_SECTOR,
-                              count * LOG_SECTOR, NULL);
     check(result == 0);
-    log_end(&r->log, op, false, false);
-    free(data);
 }
 
 static void run_until_cut(void *arg)
@@ -471,14 +460,10 @@ static void run_until_cut(void *arg)
 
     open_disk(&r->m);
     for (unsigned i = 0; i < 24; i++) {
-        uint64_t start = log_tick(&r->log);
-
-        if (!prng_chance(&prng, 250)) {
+        if (prng_chance(&prng, 250))
+            check(logged_flush(r->m.backend, &r->log) == 0);
+        else
             write_sectors(r, &prng);
-        } else {
-            check(flush(r->m.backend) == 0);
-            log_flushed(&r->log, start);
-        }
     }
     close_disk(&r->m);
 }

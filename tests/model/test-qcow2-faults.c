@@ -5,9 +5,8 @@
  * sector is a register (sector-log.h), and the image is sound, with leaks at most (P1), after the power was cut.
  */
 #include "formats/list.h"
+#include "logged-disk.h"
 #include "protocols/list.h"
-#include "qcow2-fixture.h"
-#include "sector-log.h"
 #include "seeds.h"
 
 #define LOOPS   2
@@ -215,9 +214,7 @@ static void run_actors(struct world *w)
 static void run_world(void *arg)
 {
     struct world *w = arg;
-    uint8_t *data = xalloc(SECTORS, LOG_SECTOR);
     struct error *err = NULL;
-    uint64_t start;
 
     for (unsigned i = 0; i < LOOPS; i++)
         check(loop_thread_start(&w->threads[i], "io", &err) == 0);
@@ -231,38 +228,19 @@ static void run_world(void *arg)
                w->has_base ? "'base'" : "null");
     w->backend = must_attach(w->graph, "top", ACCESS_RW, "actor");
     run_actors(w);
-    start = log_tick(&w->log);
-    check(flush(w->backend) == 0);
-    log_flushed(&w->log, start);
-    start = log_tick(&w->log);
-    check(read_at(w->backend, 0, SECTORS * LOG_SECTOR, data) == 0);
-    log_check_read(&w->log, 0, SECTORS, data, start);
+    check(logged_flush(w->backend, &w->log) == 0);
+    check(logged_read(w->backend, &w->log, 0, SECTORS) == 0);
     check(co_sleep_until(loop_clock() + NS_PER_S) == 0);
     backend_co_free(w->backend);
     graph_co_free(w->graph);
     for (unsigned i = 0; i < LOOPS; i++)
         loop_thread_stop(w->threads[i]);
-    free(data);
 }
 
 static void make_images(struct world *w)
 {
-    struct qcow2_shape base = {.version = 3,
-                               .cluster_bits = 9,
-                               .refcount_order = 4,
-                               .size = SECTORS * LOG_SECTOR,
-                               .allocated = SECTORS};
-    uint8_t *bytes;
-    size_t len;
-
     if (w->has_base) {
-        bytes = qcow2_make(&base, &len);
-        for (uint64_t i = 0; i < SECTORS; i++) {
-            w->log.sectors[i].initial = 1000000;
-            log_fill(bytes + len - (SECTORS - i) * LOG_SECTOR, i, 1000000);
-        }
-        image_put(w->disk, BASE, bytes, len);
-        free(bytes);
+        logged_base_make(w->disk, BASE, &w->log, SECTORS);
         w->shape.backing = "base.qcow2";
     }
     image_make(w->disk, TOP, &w->shape);

@@ -197,21 +197,9 @@ static void test_qcow2_online__finds_what_is_wrong_and_nothing_else(void **state
     (void)state;
     TEST_SEEDS (seed) {
         static struct world w;
-        struct sim_options o;
-        struct sim_fault late = {
-            .ops = SIM_OP(IO_READ) | SIM_OP(IO_WRITE),
-            .kind = SIM_DELAY,
-            .delay_ns = (2 + seed % 7 * 5) * NS_PER_MS,
-            .per_mille = seed % 5 ? 60 * (seed % 5) : 0,
-        };
-        struct sim_fault *faults[] = {&late};
 
         world_init(&w, seed, sim_disk_new(), "/disk");
-        sim_options_init(&o, seed);
-        o.disk = w.disk;
-        o.faults = faults;
-        o.fault_count = ARRAY_SIZE(faults);
-        assert_int_equal(sim_run(&o, run_world, &w), SIM_RETURNED);
+        assert_int_equal(run_late(w.disk, seed, run_world, &w), SIM_RETURNED);
         sim_disk_free(w.disk);
     }
 }

@@ -10,9 +10,8 @@
  */
 #include "formats/list.h"
 #include "formats/qcow2/qcow2-snapshot.h"
+#include "logged-disk.h"
 #include "protocols/list.h"
-#include "qcow2-fixture.h"
-#include "sector-log.h"
 #include "seeds.h"
 
 #define LOOPS   3
@@ -79,31 +78,28 @@ static bool is_right(const struct race *r, uint64_t first, uint64_t count, int r
 
 static void race_write(struct race *r, uint64_t first, uint64_t count, unsigned flags)
 {
-    uint64_t value = log_new_value(&r->log);
-    uint8_t *data = xalloc(count, LOG_SECTOR);
-    uint32_t op;
+    int result = logged_write(r->backend, &r->log, first, count, flags);
+
+    check(is_right(r, first, count, result));
+}
+
+/* Where flushes lose something, what it shows is anybody's guess. */
+static int race_look(struct race *r, uint64_t first, uint64_t count)
+{
+    uint8_t *data;
     int result;
 
-    for (uint64_t i = 0; i < count; i++)
-        log_fill(data + i * LOG_SECTOR, first + i, value);
-    op = log_begin(&r->log, first, count, value, false);
-    result = send_request(r->backend, REQUEST_WRITE, flags, first * LOG_SECTOR, count * LOG_SECTOR,
-                          data);
-    check(is_right(r, first, count, result));
-    log_end(&r->log, op, false, result < 0);
+    if (!r->drops)
+        return logged_read(r->backend, &r->log, first, count);
+    data = xalloc(count, LOG_SECTOR);
+    result = read_at(r->backend, first * LOG_SECTOR, count * LOG_SECTOR, data);
     free(data);
+    return result;
 }
 
 static void race_read(struct race *r, uint64_t first, uint64_t count)
 {
-    uint8_t *data = xalloc(count, LOG_SECTOR);
-    uint64_t start = log_tick(&r->log);
-    int result = read_at(r->backend, first * LOG_SECTOR, count * LOG_SECTOR, data);
-
-    check(is_right(r, first, count, result));
-    if (result == 0 && !r->drops)
-        log_check_read(&r->log, first, count, data, start);
-    free(data);
+    check(is_right(r, first, count, race_look(r, first, count)));
 }
 
 /* The whole cluster, if there can be such. */
@@ -117,22 +113,16 @@ static void race_compress(struct race *r, uint64_t first, uint64_t per_cluster)
 static void race_clear(struct race *r, enum request_kind kind, unsigned flags, uint64_t first,
                        uint64_t count)
 {
-    uint32_t op = log_begin(&r->log, first, count, 0, kind == REQUEST_DISCARD);
-    int result =
-        send_request(r->backend, kind, flags, first * LOG_SECTOR, count * LOG_SECTOR, NULL);
+    int result = logged_clear(r->backend, &r->log, kind, first, count, flags);
 
     check(is_right(r, first, count, result));
-    log_end(&r->log, op, false, result < 0);
 }
 
 static void race_flush(struct race *r)
 {
-    uint64_t start = log_tick(&r->log);
-    int result = flush(r->backend);
+    int result = logged_flush(r->backend, &r->log);
 
     check(is_right(r, 0, 0, result));
-    if (result == 0)
-        log_flushed(&r->log, start);
 }
 
 static void race_once(struct actor *a)
@@ -203,23 +193,8 @@ static void act_there(void *arg)
 
 static void make_images(struct race *r)
 {
-    struct qcow2_shape base = {.version = 3,
-                               .cluster_bits = 9,
-                               .refcount_order = 4,
-                               .size = SECTORS * LOG_SECTOR,
-                               .allocated = SECTORS};
-    uint8_t *bytes;
-    size_t len;
-
-    if (r->has_base) {
-        bytes = qcow2_make(&base, &len);
-        for (uint64_t i = 0; i < SECTORS; i++) {
-            r->log.sectors[i].initial = 1000000;
-            log_fill(bytes + len - (SECTORS - i) * LOG_SECTOR, i, 1000000);
-        }
-        image_put(r->disk, r->base, bytes, len);
-        free(bytes);
-    }
+    if (r->has_base)
+        logged_base_make(r->disk, r->base, &r->log, SECTORS);
     image_make(r->disk, r->top, &r->shape);
 }
 
@@ -353,19 +328,6 @@ static void race_round(struct race *r, unsigned number)
     co_scope_join(&s);
 }
 
-static void race_read_all(struct race *r)
-{
-    uint64_t sectors = backend_size(r->backend) / LOG_SECTOR;
-    uint8_t *data = xalloc(sectors, LOG_SECTOR);
-    uint64_t start = log_tick(&r->log);
-    int result = read_at(r->backend, 0, sectors * LOG_SECTOR, data);
-
-    check(result == 0 || r->fails);
-    if (result == 0 && !r->drops)
-        log_check_read(&r->log, 0, sectors, data, start);
-    free(data);
-}
-
 static void run_race(void *arg)
 {
     struct race *r = arg;
@@ -389,7 +351,7 @@ static void run_race(void *arg)
             change_snapshots(r, &prng);
         race_round(r, i);
     }
-    race_read_all(r);
+    check(race_look(r, 0, backend_size(r->backend) / LOG_SECTOR) == 0 || r->fails);
     backend_co_free(r->backend);
     graph_co_free(r->graph);
     for (unsigned i = 0; i < LOOPS; i++)
@@ -430,22 +392,9 @@ static void race_under_sim(uint64_t seed, bool changes)
 {
     static struct race r;
     struct qcow2_verdict v;
-    struct sim_options o;
-    /* Who has looked something up uses it long after others have freed it and given it away. */
-    struct sim_fault late = {
-        .ops = SIM_OP(IO_READ) | SIM_OP(IO_WRITE),
-        .kind = SIM_DELAY,
-        .delay_ns = (2 + seed % 7 * 5) * NS_PER_MS,
-        .per_mille = seed % 5 ? 60 * (seed % 5) : 0,
-    };
-    struct sim_fault *faults[] = {&late};
 
     race_init(&r, seed, sim_disk_new(), "/disk", changes);
-    sim_options_init(&o, seed);
-    o.disk = r.disk;
-    o.faults = faults;
-    o.fault_count = ARRAY_SIZE(faults);
-    assert_int_equal(sim_run(&o, run_race, &r), SIM_RETURNED);
+    assert_int_equal(run_late(r.disk, seed, run_race, &r), SIM_RETURNED);
     image_judge(r.disk, r.top, NO_LEAKS, &v);
     judge_kept(&r);
     sim_disk_free(r.disk);
