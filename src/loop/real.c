@@ -199,6 +199,7 @@ bool real_try_inline(struct io_op *op)
     case IO_SYNC:
     case IO_PUNCH:
     case IO_ZERO:
+    case IO_TRUNCATE:
     case IO_EXTENTS:
         if (!op->file->on_tmpfs || loop->now_ns - loop->tick_ns >= INLINE_TICK_NS)
             return false;

@@ -176,13 +176,15 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         .workers = (unsigned)c->workers,
         .rate = c->rate,
         .progress = &progress,
-        .beside = c->total > SMALL ? tool_co_second_loop() : NULL,
     };
     uint64_t at = 0;
     int r;
 
     if (top->header.version && strcmp(top->format, "raw") == 0)
         copy.unit = 512;
+    /* Who waits for his turn all the time gains nothing by a second thread, and pays for each time he is woken. */
+    if (!copy.in_order && c->total > SMALL)
+        copy.beside = tool_co_second_loop();
     for (size_t i = 0; i < c->count; i++) {
         from[i] = (struct image_copy_source){
             .backend = c->sources[i].backend,

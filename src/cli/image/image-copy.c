@@ -342,9 +342,40 @@ static int co_fn copy_piece(struct image_copy *c, const struct piece *p, struct 
     return r;
 }
 
-static void co_fn work(void *arg)
+/*
+ * The workers on one loop. One is enough where everything is answered at once, as on tmpfs: with more of them, each with a buffer of
+ * its own, the data would leave the processor's cache between its reading and its writing. So another one begins whenever a piece had
+ * to wait for the host, or for a thread that computes.
+ */
+struct crew {
+    struct image_copy *copy;
+    struct co_scope scope;
+    unsigned left;   /* may begin yet */
+    uint64_t waited; /* what the loop's counter of such waits said when the last one began */
+};
+
+static void co_fn work(void *arg);
+
+/* A worker runs until it waits for the first time. */
+static void co_fn begin_more(struct crew *crew)
 {
-    struct image_copy *c = arg;
+    const struct loop_counters *counters = loop_counters(loop_self());
+
+    while (crew->left && counters->engine_ops != crew->waited) {
+        int r;
+
+        crew->left--;
+        crew->waited = counters->engine_ops;
+        r = co_scope_start(&crew->scope, work, crew);
+        if (r < 0)
+            (void)fail(crew->copy, r, "starting", 0);
+    }
+}
+
+void co_fn work(void *arg)
+{
+    struct crew *crew = arg;
+    struct image_copy *c = crew->copy;
     struct iobuf *buf = iobuf_new((size_t)chunk_of(c));
     struct error *err = NULL;
     int r = buf ? 0 : stop(c, error_set(&err, ENOMEM, "no memory"), &err);
@@ -361,6 +392,7 @@ static void co_fn work(void *arg)
             break;
         r = copy_piece(c, &piece, buf);
         (void)atomic_add(&c->progress->done, piece.len);
+        begin_more(crew);
     }
     iobuf_unref(buf);
     if (r < 0)
@@ -369,16 +401,12 @@ static void co_fn work(void *arg)
 
 static void co_fn run_workers(struct image_copy *c, unsigned count)
 {
-    struct co_scope scope;
+    struct crew crew = {.copy = c, .left = count};
 
-    co_scope_init(&scope);
-    for (unsigned i = 0; i < count; i++) {
-        int r = co_scope_start(&scope, work, c);
-
-        if (r < 0)
-            (void)fail(c, r, "starting", 0);
-    }
-    co_scope_join(&scope);
+    crew.waited = loop_counters(loop_self())->engine_ops - 1; /* the first one begins */
+    co_scope_init(&crew.scope);
+    begin_more(&crew);
+    co_scope_join(&crew.scope);
 }
 
 static void co_fn work_beside(void *arg)

@@ -611,6 +611,12 @@ int64_t sim_file_inline_rw(struct file *f, bool write, uint64_t offset, const st
     return n;
 }
 
+static bool is_inline_on_tmpfs(enum io_op_kind kind)
+{
+    return kind == IO_SYNC || kind == IO_PUNCH || kind == IO_ZERO || kind == IO_TRUNCATE ||
+           kind == IO_EXTENTS;
+}
+
 bool sim_file_try_inline(struct io_op *op)
 {
     struct sim_io io = {.op = op};
@@ -619,10 +625,8 @@ bool sim_file_try_inline(struct io_op *op)
         op->compute(op->compute_arg);
         return true;
     }
-    if ((op->kind != IO_SYNC && op->kind != IO_PUNCH && op->kind != IO_ZERO &&
-         op->kind != IO_EXTENTS) ||
-        !op->file->on_tmpfs || sim_fault_watches(op->kind, op->file->path) ||
-        !sim_chance(TMPFS_INLINE_PER_MILLE))
+    if (!is_inline_on_tmpfs(op->kind) || !op->file->on_tmpfs ||
+        sim_fault_watches(op->kind, op->file->path) || !sim_chance(TMPFS_INLINE_PER_MILLE))
         return false;
     io.file = op->file->sim;
     io.mark = disk()->change_count;
