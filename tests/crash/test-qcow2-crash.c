@@ -371,7 +371,6 @@ static enum sim_end run_until(struct run *r, uint64_t kill_at_op)
 static void judge_crash(struct run *r, uint64_t cut_seed)
 {
     struct qcow2_verdict v;
-    struct sim_options o;
 
     if (cut_seed) {
         sim_disk_power_cut(r->disk, cut_seed);
@@ -383,9 +382,7 @@ static void judge_crash(struct run *r, uint64_t cut_seed)
     image_judge(r->disk, TOP, LEAKS_ALLOWED, &v);
     counts->leaking += v.leaks > 0;
     counts->compressed += v.compressed_clusters > 0;
-    sim_options_init(&o, r->plan->seed + 1);
-    o.disk = r->disk;
-    check(sim_run(&o, look_and_write_on, r) == SIM_RETURNED);
+    check(run_on(r->disk, r->plan->seed + 1, look_and_write_on, r) == SIM_RETURNED);
     image_judge(r->disk, TOP, LEAKS_ALLOWED, &v);
 }
 

@@ -280,16 +280,13 @@ static void model_of(uint64_t seed, bool is_luks)
     struct model *m = xnew(struct model);
     struct prng prng = {seed};
     struct qcow2_verdict v;
-    struct sim_options o;
 
     m->seed = seed;
     m->disk = sim_disk_new();
     m->is_luks = is_luks;
     m->has_base = !is_luks && prng_chance(&prng, 500);
     make_disks(m->disk, &prng, is_luks, m->has_base);
-    sim_options_init(&o, seed);
-    o.disk = m->disk;
-    assert_int_equal(sim_run(&o, run_model, m), SIM_RETURNED);
+    assert_int_equal(run_on(m->disk, seed, run_model, m), SIM_RETURNED);
     look_for_words(m, TOP);
     if (!is_luks)
         image_judge(m->disk, TOP, NO_LEAKS, &v);
@@ -417,7 +414,6 @@ static void test_qcow2_crypt__luks_header_is_never_written_over(void **state)
 {
     struct model *m = xnew(struct model);
     uint64_t len = crypt_header_len();
-    struct sim_options o;
     uint8_t *bytes;
     size_t size;
 
@@ -425,9 +421,7 @@ static void test_qcow2_crypt__luks_header_is_never_written_over(void **state)
     m->disk = sim_disk_new();
     crypt_put_qcow2(m->disk, TOP, "a", 3, 12, false, SIZE);
     crypt_free_header(m->disk, TOP);
-    sim_options_init(&o, 1);
-    o.disk = m->disk;
-    assert_int_equal(sim_run(&o, write_much, m), SIM_RETURNED);
+    assert_int_equal(run_on(m->disk, 1, write_much, m), SIM_RETURNED);
     bytes = image_load(m->disk, TOP, &size);
     assert_non_null(memmem(bytes, size, crypt_header("a"), len));
     free(bytes);
@@ -486,7 +480,6 @@ static uint64_t run_cut_at(uint64_t seed, uint64_t kill_at)
     static struct run r;
     struct prng prng = {seed};
     struct qcow2_verdict v;
-    struct sim_options o;
     uint64_t ops = 0;
 
     r = (struct run){.m = {.seed = seed, .disk = sim_disk_new()}};
@@ -495,9 +488,7 @@ static uint64_t run_cut_at(uint64_t seed, uint64_t kill_at)
     if (run_killed_at(r.m.disk, seed, run_until_cut, &r, kill_at) == SIM_KILLED) {
         sim_disk_power_cut(r.m.disk, 1 + prng_next(&prng) % 1000000);
         image_judge(r.m.disk, TOP, LEAKS_ALLOWED, &v);
-        sim_options_init(&o, seed + 1);
-        o.disk = r.m.disk;
-        check(sim_run(&o, look, &r) == SIM_RETURNED);
+        check(run_on(r.m.disk, seed + 1, look, &r) == SIM_RETURNED);
     } else {
         ops = sim_disk_ops(r.m.disk);
     }

@@ -22,6 +22,7 @@
 #include "loop/sim/sim.h"
 #include "protocols/list.h"
 #include "seeds.h"
+#include "sim-run.h"
 #include "test-filter.h"
 
 #include <stdio.h>
@@ -366,15 +367,12 @@ static void test_gate_model__changes_under_load_are_not_seen(void **state)
         struct world *w = xnew(struct world);
         struct sim_disk *disk = sim_disk_new();
         struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = DISK_SIZE};
-        struct sim_options o;
         uint8_t data[USED];
 
         w->prng.state = seed;
         w->direct = prng_below(&w->prng, 2);
         sim_disk_make(disk, PATH, &setup);
-        sim_options_init(&o, seed);
-        o.disk = disk;
-        check(sim_run(&o, body, w) == SIM_RETURNED);
+        check(run_on(disk, seed, body, w) == SIM_RETURNED);
         check(sim_disk_read(disk, PATH, 0, data, USED) == 0);
         check(memcmp(data, w->flat, USED) == 0); /* C7 */
         sim_disk_free(disk);

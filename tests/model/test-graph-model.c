@@ -23,6 +23,7 @@
 #include "loop/sim/sim.h"
 #include "protocols/list.h"
 #include "seeds.h"
+#include "sim-run.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -317,16 +318,13 @@ static void test_graph_model__under_sim(void **state)
         static struct model m;
         struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = DISK_SIZE};
         struct sim_disk *d = sim_disk_new();
-        struct sim_options o;
         uint8_t data[DISK_SIZE];
 
         m = (struct model){.seed = seed, .prng = {seed}, .path = "/disk/a"};
         setup.tmpfs = seed % 4 == 0;
         setup.no_punch = seed % 5 == 0;
         sim_disk_make(d, m.path, &setup);
-        sim_options_init(&o, seed);
-        o.disk = d;
-        assert_int_equal(sim_run(&o, run_model, &m), SIM_RETURNED);
+        assert_int_equal(run_on(d, seed, run_model, &m), SIM_RETURNED);
         assert_int_equal(sim_disk_read(d, m.path, 0, data, sizeof(data)), 0);
         assert_memory_equal(data, m.flat, sizeof(data));
         sim_disk_free(d);

@@ -232,11 +232,8 @@ static void judge(const struct attempt *a, const char *what)
 
 static void run(struct attempt *a, void (*fn)(void *), uint64_t seed)
 {
-    struct sim_options o;
 
-    sim_options_init(&o, seed);
-    o.disk = a->disk;
-    check(sim_run(&o, fn, a) == SIM_RETURNED);
+    check(run_on(a->disk, seed, fn, a) == SIM_RETURNED);
 }
 
 static void fail_each(enum phase phase, bool memory, const uint8_t *bytes, size_t len)

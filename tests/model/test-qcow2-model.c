@@ -462,13 +462,10 @@ static void test_qcow2_model__under_sim(void **state)
     (void)state;
     TEST_SEEDS (seed) {
         static struct model m;
-        struct sim_options o;
 
         m = (struct model){.seed = seed, .prng = {seed}, .disk = sim_disk_new(), .dir = "/disk"};
         plan_model(&m);
-        sim_options_init(&o, seed);
-        o.disk = m.disk;
-        assert_int_equal(sim_run(&o, run_model, &m), SIM_RETURNED);
+        assert_int_equal(run_on(m.disk, seed, run_model, &m), SIM_RETURNED);
         sim_disk_free(m.disk);
     }
 }

@@ -53,12 +53,9 @@ static void test_qcow2_snapshots__hold_what_the_disk_held(void **state)
     (void)state;
     TEST_SEEDS (seed) {
         static struct snapshot_model m;
-        struct sim_options o;
 
         model_begin(&m, seed);
-        sim_options_init(&o, seed);
-        o.disk = m.disk;
-        assert_int_equal(sim_run(&o, run_model, &m), SIM_RETURNED);
+        assert_int_equal(run_on(m.disk, seed, run_model, &m), SIM_RETURNED);
         sim_disk_free(m.disk);
     }
     assert_true(!seeds_enough(50) || refused > 0);
@@ -159,7 +156,6 @@ static void fail_each(const struct attempt *first, const uint8_t *bytes, size_t 
     unsigned k = 0;
 
     do {
-        struct sim_options o;
 
         k++;
         a = *first;
@@ -167,9 +163,7 @@ static void fail_each(const struct attempt *first, const uint8_t *bytes, size_t 
         a.allocation = memory ? k : 0;
         a.fault = (struct sim_fault){.kind = SIM_ERROR, .error = EIO, .at = memory ? 0 : k};
         image_put(a.m.disk, MODEL_PATH, bytes, len);
-        sim_options_init(&o, k);
-        o.disk = a.m.disk;
-        check(sim_run(&o, attempt_it, &a) == SIM_RETURNED);
+        check(run_on(a.m.disk, k, attempt_it, &a) == SIM_RETURNED);
         judge_attempt(&a);
         sim_disk_free(a.m.disk);
     } while (a.struck && k < FAULTS_MAX);
@@ -196,7 +190,6 @@ static void test_qcow2_snapshots__what_fails_says_what_is(void **state)
     (void)state;
     TEST_SEEDS (seed) {
         static struct attempt a;
-        struct sim_options o;
         uint8_t *bytes;
         size_t len;
 
@@ -210,9 +203,7 @@ static void test_qcow2_snapshots__what_fails_says_what_is(void **state)
         sim_disk_free(a.m.disk);
         a.m.disk = sim_disk_new();
         image_make(a.m.disk, MODEL_PATH, &a.m.shape);
-        sim_options_init(&o, seed);
-        o.disk = a.m.disk;
-        assert_int_equal(sim_run(&o, make_past, &a.m), SIM_RETURNED);
+        assert_int_equal(run_on(a.m.disk, seed, make_past, &a.m), SIM_RETURNED);
         bytes = image_load(a.m.disk, MODEL_PATH, &len);
         sim_disk_free(a.m.disk);
         expect(&a);

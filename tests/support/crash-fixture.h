@@ -5,7 +5,7 @@
 
 #include "base/prng.h"
 #include "check.h"
-#include "loop/sim/sim.h"
+#include "sim-run.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -27,20 +27,6 @@ static inline void *shared_new(size_t len)
 
     check(p != MAP_FAILED);
     return p;
-}
-
-/* fn(arg) on a disk, to the end or to that operation of the disk; 0: to the end. */
-static inline enum sim_end run_killed_at(struct sim_disk *disk, uint64_t seed, co_entry_fn *fn,
-                                         void *arg, uint64_t kill_at_op)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, seed);
-    o.disk = disk;
-    o.short_per_mille = 0; /* the host does not end within a sector when it is killed */
-    o.may_end_early = true;
-    o.kill_at_op = kill_at_op;
-    return sim_run(&o, fn, arg);
 }
 
 /* What a test does at an operation of the disk; `cut` is the seed of the power cut. */

@@ -8,6 +8,7 @@
 #include "import-make.h"
 #include "loop/sim/sim.h"
 #include "protocols/list.h"
+#include "sim-run.h"
 
 #include <errno.h>
 
@@ -32,11 +33,8 @@ static inline void import_put(struct sim_disk *disk, const char *path, const voi
 
 static inline void import_run(struct sim_disk *disk, co_entry_fn *body, void *arg)
 {
-    struct sim_options o;
 
-    sim_options_init(&o, 1);
-    o.disk = disk;
-    assert_int_equal(sim_run(&o, body, arg), SIM_RETURNED);
+    assert_int_equal(run_on(disk, 1, body, arg), SIM_RETURNED);
 }
 
 /* Reads the disk in pieces of this length and compares it. */

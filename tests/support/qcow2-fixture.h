@@ -13,6 +13,7 @@
 #include "qcow2-check.h"
 #include "qcow2-make.h"
 #include "raw-options.h"
+#include "sim-run.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -191,31 +192,6 @@ static inline void image_judge_raw_data(struct sim_disk *disk, const char *path,
     check(len == size && memcmp(bytes, shown, size) == 0);
     free(bytes);
     free(shown);
-}
-
-/* ---- runs ---- */
-
-/*
- * On a disk where some reads and writes are late, how many and by how much is up to the seed: who has looked something up uses it
- * long after others have freed it and given it away.
- */
-static inline enum sim_end run_late(struct sim_disk *disk, uint64_t seed, co_entry_fn *fn,
-                                    void *arg)
-{
-    struct sim_options o;
-    struct sim_fault late = {
-        .ops = SIM_OP(IO_READ) | SIM_OP(IO_WRITE),
-        .kind = SIM_DELAY,
-        .delay_ns = (2 + seed % 7 * 5) * NS_PER_MS,
-        .per_mille = seed % 5 ? 60 * (seed % 5) : 0,
-    };
-    struct sim_fault *faults[] = {&late};
-
-    sim_options_init(&o, seed);
-    o.disk = disk;
-    o.faults = faults;
-    o.fault_count = ARRAY_SIZE(faults);
-    return sim_run(&o, fn, arg);
 }
 
 /* ---- nodes ---- */

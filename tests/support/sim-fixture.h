@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* For tests of the simulator: a file that is written byte by byte, and runs on a disk. */
+/* For tests of the simulator: a file that is written byte by byte. */
 #ifndef CAIRN_TESTS_SIM_FIXTURE_H
 #define CAIRN_TESTS_SIM_FIXTURE_H
 
 #include "loop/file.h"
-#include "loop/sim/sim.h"
+#include "sim-run.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -37,28 +37,6 @@ static inline int write_byte(struct file *f, uint64_t offset, size_t len, char c
     r = file_co_write(f, offset, &iov, 1, durable, b);
     iobuf_unref(b);
     return r;
-}
-
-/* A run on a disk without bad luck. */
-static inline enum sim_end run_on(struct sim_disk *d, uint64_t seed, co_entry_fn *body, void *arg)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, seed);
-    o.disk = d;
-    return sim_run(&o, body, arg);
-}
-
-static inline enum sim_end run_with(struct sim_fault *fault, struct sim_disk *d, uint64_t seed,
-                                    co_entry_fn *body, void *arg)
-{
-    struct sim_options o;
-
-    sim_options_init(&o, seed);
-    o.disk = d;
-    o.faults = &fault;
-    o.fault_count = 1;
-    return sim_run(&o, body, arg);
 }
 
 #endif

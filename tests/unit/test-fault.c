@@ -129,7 +129,6 @@ static void run_world(void *arg)
 static void run_it(struct world *w)
 {
     struct qcow2_verdict v;
-    struct sim_options o;
 
     w->disk = sim_disk_new();
     w->shape.version = 3;
@@ -144,9 +143,7 @@ static void run_it(struct world *w)
         w->shape.backing = BASE;
     }
     image_make(w->disk, TOP, &w->shape);
-    sim_options_init(&o, w->seed);
-    o.disk = w->disk;
-    assert_int_equal(sim_run(&o, run_world, w), SIM_RETURNED);
+    assert_int_equal(run_on(w->disk, w->seed, run_world, w), SIM_RETURNED);
     image_judge(w->disk, TOP, NO_LEAKS, &v);
     sim_disk_free(w->disk);
 }

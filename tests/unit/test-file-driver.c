@@ -5,6 +5,7 @@
 #include "loop/sim/sim.h"
 #include "protocols/list.h"
 #include "seeds.h"
+#include "sim-run.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -101,13 +102,10 @@ static void test_file_driver__auto_read_only_falls_back(void **state)
 {
     struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = 4096, .read_only = true};
     struct sim_disk *d = sim_disk_new();
-    struct sim_options o;
 
     (void)state;
     sim_disk_make(d, "/disk/ro", &setup);
-    sim_options_init(&o, 1);
-    o.disk = d;
-    assert_int_equal(sim_run(&o, open_read_only, NULL), SIM_RETURNED);
+    assert_int_equal(run_on(d, 1, open_read_only, NULL), SIM_RETURNED);
     sim_disk_free(d);
 }
 

@@ -4,6 +4,7 @@
 #include "graph/grants.h"
 #include "loop/sim/sim.h"
 #include "seeds.h"
+#include "sim-run.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -390,15 +391,12 @@ static void test_grants__hold_on_the_simulated_disk(void **state)
     (void)state;
     TEST_SEEDS (seed) {
         struct sim_disk *disk = sim_disk_new();
-        struct sim_options o;
 
         for (size_t i = 0; i < ARRAY_SIZE(files); i++)
             sim_disk_make(disk, files[i], &(struct sim_file_setup){.size = 512});
         sim_disk_make(disk, "/dev/sda",
                       &(struct sim_file_setup){.type = FILE_TYPE_BLOCK, .size = 512});
-        sim_options_init(&o, seed);
-        o.disk = disk;
-        assert_int_equal(sim_run(&o, simulated, NULL), SIM_RETURNED);
+        assert_int_equal(run_on(disk, seed, simulated, NULL), SIM_RETURNED);
         sim_disk_free(disk);
     }
 }

@@ -6,6 +6,7 @@
 #include "loop/sim/sim.h"
 #include "nbd-fixture.h"
 #include "seeds.h"
+#include "sim-run.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -387,12 +388,9 @@ static void test_nbd__stopping_meets_exports_that_come(void **state)
     TEST_SEEDS (seed) {
         struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = DISK_SIZE};
         struct sim_disk *d = sim_disk_new();
-        struct sim_options o;
 
         sim_disk_make(d, "/disk/a", &setup);
-        sim_options_init(&o, seed);
-        o.disk = d;
-        assert_int_equal(sim_run(&o, stop_meets_adding, &seed), SIM_RETURNED);
+        assert_int_equal(run_on(d, seed, stop_meets_adding, &seed), SIM_RETURNED);
         sim_disk_free(d);
     }
 }

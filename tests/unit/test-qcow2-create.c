@@ -4,6 +4,7 @@
  * images, as we take theirs.
  */
 #include "formats/qcow2/qcow2-create.h"
+#include "sim-run.h"
 
 #include "base/alloc.h"
 #include "base/checked.h"
@@ -519,11 +520,8 @@ static void test_qcow2_create__survives_a_power_cut_when_it_has_returned(void **
     TEST_SEEDS (seed) {
         struct creation c = a_creation(seed);
         struct sim_disk *d = sim_disk_new();
-        struct sim_options o;
 
-        sim_options_init(&o, seed);
-        o.disk = d;
-        assert_int_equal(sim_run(&o, create, &c), SIM_RETURNED);
+        assert_int_equal(run_on(d, seed, create, &c), SIM_RETURNED);
         assert_int_equal(c.result, 0);
         sim_disk_power_cut(d, seed);
         assert_true(is_complete(d, &c.options));
@@ -621,11 +619,8 @@ static void test_qcow2_create__cancelled_leaves_no_file(void **state)
     TEST_SEEDS (seed) {
         struct creation c = a_creation(seed);
         struct sim_disk *d = sim_disk_new();
-        struct sim_options o;
 
-        sim_options_init(&o, seed);
-        o.disk = d;
-        assert_int_equal(sim_run(&o, cancel_a_creation, &c), SIM_RETURNED);
+        assert_int_equal(run_on(d, seed, cancel_a_creation, &c), SIM_RETURNED);
         if (c.result == 0) {
             assert_true(is_complete(d, &c.options));
         } else {
@@ -646,9 +641,7 @@ static void test_qcow2_create__never_touches_a_file_that_exists(void **state)
 
     (void)state;
     sim_disk_write(d, PATH, 0, "dear", 4);
-    sim_options_init(&o, 1);
-    o.disk = d;
-    assert_int_equal(sim_run(&o, create, &c), SIM_RETURNED);
+    assert_int_equal(run_on(d, 1, create, &c), SIM_RETURNED);
     assert_int_equal(c.result, -EEXIST);
     assert_non_null(strstr(c.message, PATH));
     assert_int_equal(sim_disk_size(d, PATH), 4);

@@ -34,15 +34,12 @@ static void in_world(void (*fn)(struct world *w), const char *options, bool exte
 {
     struct world w = {.disk = sim_disk_new(), .fn = fn};
     struct qcow2_verdict v;
-    struct sim_options o;
 
     w.shape = (struct qcow2_shape){
         .version = 3, .cluster_bits = 16, .refcount_order = 4, .size = SIZE, .extended = extended};
     image_make(w.disk, TOP, &w.shape);
     layer_options = options;
-    sim_options_init(&o, 1);
-    o.disk = w.disk;
-    assert_int_equal(sim_run(&o, run_world, &w), SIM_RETURNED);
+    assert_int_equal(run_on(w.disk, 1, run_world, &w), SIM_RETURNED);
     layer_options = "";
     image_judge(w.disk, TOP, NO_LEAKS, &v);
     sim_disk_free(w.disk);

@@ -46,11 +46,8 @@ static void run_world(void *arg)
 
 static void in_sim(struct world *w)
 {
-    struct sim_options o;
 
-    sim_options_init(&o, w->seed);
-    o.disk = w->disk;
-    assert_int_equal(sim_run(&o, run_world, w), SIM_RETURNED);
+    assert_int_equal(run_on(w->disk, w->seed, run_world, w), SIM_RETURNED);
 }
 
 /* Each cluster says which it is. */

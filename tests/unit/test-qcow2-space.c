@@ -47,11 +47,8 @@ static void run_world(void *arg)
 
 static void in_sim(struct world *w)
 {
-    struct sim_options o;
 
-    sim_options_init(&o, 1);
-    o.disk = w->disk;
-    assert_int_equal(sim_run(&o, run_world, w), SIM_RETURNED);
+    assert_int_equal(run_on(w->disk, 1, run_world, w), SIM_RETURNED);
 }
 
 static int write_cluster(struct world *w, uint64_t cluster)

@@ -58,7 +58,6 @@ static void in_world(void (*fn)(struct world *w), bool has_base, uint64_t alloca
                               .allocated = allocated,
                               .backing = has_base ? BASE : NULL};
     struct qcow2_verdict v;
-    struct sim_options o;
     uint8_t *bytes;
     size_t len;
 
@@ -69,9 +68,7 @@ static void in_world(void (*fn)(struct world *w), bool has_base, uint64_t alloca
     image_put(w.disk, BASE, bytes, len);
     free(bytes);
     image_make(w.disk, TOP, &top);
-    sim_options_init(&o, 1);
-    o.disk = w.disk;
-    assert_int_equal(sim_run(&o, run_world, &w), SIM_RETURNED);
+    assert_int_equal(run_on(w.disk, 1, run_world, &w), SIM_RETURNED);
     image_judge(w.disk, TOP, NO_LEAKS, &v);
     sim_disk_free(w.disk);
 }
@@ -275,7 +272,6 @@ static void damaged(uint64_t entry, uint64_t bits)
                               .size = SIZE,
                               .extended = true,
                               .allocated = 2};
-    struct sim_options o;
     uint8_t *bytes;
     uint64_t l2;
     size_t len;
@@ -286,9 +282,7 @@ static void damaged(uint64_t entry, uint64_t bits)
     store_be64(bytes + l2 + 8, bits);
     image_put(w.disk, TOP, bytes, len);
     free(bytes);
-    sim_options_init(&o, 1);
-    o.disk = w.disk;
-    assert_int_equal(sim_run(&o, run_world, &w), SIM_RETURNED);
+    assert_int_equal(run_on(w.disk, 1, run_world, &w), SIM_RETURNED);
     sim_disk_free(w.disk);
 }
 

@@ -5,6 +5,7 @@
 #include "loop/sim/sim.h"
 #include "protocols/list.h"
 #include "seeds.h"
+#include "sim-run.h"
 
 #include <errno.h>
 
@@ -17,12 +18,9 @@ static struct sim_disk *on_disk(uint64_t seed, uint64_t size, co_entry_fn *body,
 {
     struct sim_file_setup setup = {.type = FILE_TYPE_REGULAR, .size = size};
     struct sim_disk *d = sim_disk_new();
-    struct sim_options o;
 
     sim_disk_make(d, PATH, &setup);
-    sim_options_init(&o, seed);
-    o.disk = d;
-    assert_int_equal(sim_run(&o, body, arg), SIM_RETURNED);
+    assert_int_equal(run_on(d, seed, body, arg), SIM_RETURNED);
     return d;
 }
 
