@@ -68,6 +68,13 @@ static void describe_backing(const struct node *node, struct block_device_info *
         ret->backing_file_depth++;
 }
 
+static enum detect_zeroes_mode detect_zeroes_mode(const struct node_settings *settings)
+{
+    if (!settings->detect_zeroes)
+        return DETECT_ZEROES_MODE_OFF;
+    return settings->unmap_detected ? DETECT_ZEROES_MODE_UNMAP : DETECT_ZEROES_MODE_ON;
+}
+
 static void describe(const struct node *node, struct block_device_info *ret)
 {
     const struct node_settings *settings = node_settings(node);
@@ -79,7 +86,7 @@ static void describe(const struct node *node, struct block_device_info *ret)
     ret->drv = xstrdup(driver->name);
     ret->encrypted = driver->encrypted && driver->encrypted(node);
     describe_backing(node, ret);
-    ret->detect_zeroes = DETECT_ZEROES_MODE_OFF;
+    ret->detect_zeroes = detect_zeroes_mode(settings);
     ret->image.filename = xstrdup(ret->file);
     ret->image.format = xstrdup(ret->drv);
     ret->image.virtual_size = node_size(node);

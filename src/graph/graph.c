@@ -124,7 +124,24 @@ static struct node_settings settle(const struct node_options *o, const struct no
         s.no_flush = o->cache->no_flush;
     if (o->has_discard)
         s.unmap = o->discard == DISCARD_MODE_UNMAP;
+    s.detect_zeroes = o->detect_zeroes != DETECT_ZEROES_MODE_OFF;
+    s.unmap_detected = o->detect_zeroes == DETECT_ZEROES_MODE_UNMAP;
     return s;
+}
+
+/* What contradicts itself, once it is settled. */
+static int check_settings(const struct node *node, struct error **err)
+{
+    const struct node_settings *s = &node->settings;
+
+    if (s->force_share && !s->read_only)
+        return error_set(err, EINVAL, "node '%s': force-share needs read-only", node->name);
+    if (s->unmap_detected && !s->unmap)
+        return error_set(err, EINVAL,
+                         "node '%s': detect-zeroes 'unmap' needs discard 'unmap', or nothing is "
+                         "given back",
+                         node->name);
+    return 0;
 }
 
 static void auto_name(struct graph *g, char *name)
@@ -333,8 +350,7 @@ static int co_fn control_fn node_co_open_one(struct graph *g, const struct node_
     r = node_new(g, driver, o->node_name, settle(o, parent), change, &node, err);
     if (!node)
         return r;
-    if (node->settings.force_share && !node->settings.read_only)
-        r = error_set(err, EINVAL, "node '%s': force-share needs read-only", node->name);
+    r = check_settings(node, err);
     if (r == 0)
         r = settle_writing(node, err);
     if (r == 0)

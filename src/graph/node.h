@@ -35,7 +35,9 @@ struct node_settings {
     bool force_share;
     bool direct;
     bool no_flush;
-    bool unmap; /* discards are passed on */
+    bool unmap;          /* discards are passed on */
+    bool detect_zeroes;  /* in the data of writes; nobody inherits it */
+    bool unmap_detected; /* ...and such space may be given back */
 };
 
 const char *node_name(const struct node *node);

@@ -8,6 +8,7 @@
 #include "graph/request.h"
 #include "base/checked.h"
 #include "base/macros.h"
+#include "base/zeroes.h"
 #include "graph/chain.h"
 #include "graph/gate.h"
 #include "graph/node-internal.h"
@@ -198,7 +199,8 @@ static int co_fn node_co_write(struct node *node, struct request *req)
 /* Zeroes as data, aligned. */
 static int co_fn write_zero_data(struct node *node, const struct request *req)
 {
-    struct iobuf *zeroes = iobuf_new(ZERO_BUFFER);
+    size_t size = (size_t)MIN(ZERO_BUFFER, req->len);
+    struct iobuf *zeroes = iobuf_new(size);
     struct iovec iov[ZERO_STEP / ZERO_BUFFER];
     uint64_t end = req->offset + req->len;
     uint64_t pos = req->offset;
@@ -206,7 +208,7 @@ static int co_fn write_zero_data(struct node *node, const struct request *req)
 
     if (!zeroes)
         return -ENOMEM;
-    memset(zeroes->data, 0, ZERO_BUFFER);
+    memset(zeroes->data, 0, size);
     while (r == 0 && pos < end) {
         uint64_t step = MIN(end - pos, ZERO_STEP);
         struct request write = request_for(req, REQUEST_WRITE, pos, step);
@@ -215,7 +217,7 @@ static int co_fn write_zero_data(struct node *node, const struct request *req)
         write.hold = zeroes;
         write.flags = req->flags & (REQUEST_FUA | REQUEST_UNCHANGED);
         for (uint64_t left = step; left; write.iov_count++) {
-            size_t piece = (size_t)MIN(left, (uint64_t)ZERO_BUFFER);
+            size_t piece = (size_t)MIN(left, (uint64_t)size);
 
             iov[write.iov_count] = (struct iovec){zeroes->data, piece};
             left -= piece;
@@ -348,10 +350,34 @@ uint64_t request_reached_ns(struct request *req, const struct node *node)
     return pass->reached[pass->reached_count++].ns;
 }
 
+static bool data_is_zero(const struct request *req)
+{
+    for (int i = 0; i < req->iov_count; i++) {
+        if (!is_all_zeroes(req->iov[i].iov_base, req->iov[i].iov_len))
+            return false;
+    }
+    return true;
+}
+
+/* detect-zeroes: the request as a whole is zeroes, or data. */
+static int co_fn node_co_write_detecting(struct node *node, struct request *req)
+{
+    struct request zeroes = request_for(req, REQUEST_WRITE_ZEROES, req->offset, req->len);
+
+    if ((!node->driver->co_write_zeroes && node->driver->kind != DRIVER_FILTER) || !req->len ||
+        !data_is_zero(req))
+        return node_co_write(node, req);
+    zeroes.flags = req->flags & (REQUEST_FUA | REQUEST_UNCHANGED);
+    if (node->settings.unmap_detected)
+        zeroes.flags |= REQUEST_MAY_UNMAP;
+    return node_co_write_zeroes(node, &zeroes);
+}
+
 static int co_fn change_untracked(struct node *node, struct request *req)
 {
     if (likely(req->kind == REQUEST_WRITE))
-        return node_co_write(node, req);
+        return likely(!node->settings.detect_zeroes) ? node_co_write(node, req)
+                                                     : node_co_write_detecting(node, req);
     if (req->kind == REQUEST_DISCARD)
         return node_co_discard(node, req);
     return req->len ? node_co_write_zeroes(node, req) : 0;

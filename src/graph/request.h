@@ -5,7 +5,7 @@
  *
  * Here, once for all drivers: range checks, read-modify-write of what a node's alignment does not allow, bounce buffers for
  * memory that it does not allow, flush after writes for drivers without FUA, zero writes for drivers without write-zeroes,
- * and what `discard`, `cache.no-flush` and read-only say of a node.
+ * and what `discard`, `detect-zeroes`, `cache.no-flush` and read-only say of a node.
  */
 #ifndef CAIRN_GRAPH_REQUEST_H
 #define CAIRN_GRAPH_REQUEST_H

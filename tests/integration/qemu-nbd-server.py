@@ -375,7 +375,8 @@ WRONG = [
     ["-e", "x", "disk.raw"], ["-p", "x", "-f", "raw", "disk.raw"], ["-o", "x", "disk.raw"],
     ["-o", "8388608", "-f", "raw", "disk.raw"], ["--cache=x", "disk.raw"], ["-n", "--cache=none", "disk.raw"],
     ["--aio=x", "disk.raw"], ["--aio=threads", "--aio=threads", "disk.raw"], ["--discard=x", "disk.raw"],
-    ["--detect-zeroes=x", "disk.raw"], ["-x", "n" * 5000, "-f", "raw", "disk.raw"],
+    ["--detect-zeroes=x", "disk.raw"], ["--detect-zeroes=unmap", "disk.raw"],
+    ["--detect-zeroes=unmap", "--discard=off", "disk.raw"], ["-x", "n" * 5000, "-f", "raw", "disk.raw"],
     ["-D", "n" * 5000, "-f", "raw", "disk.raw"], ["-B", "nope", "-f", "qcow2", "top.qcow2"],
     ["--image-opts", "-f", "raw", "file.filename=disk.raw"], ["--bogus", "disk.raw"],
     ["-k", "/" + "s" * 200, "-f", "raw", "disk.raw"], ["-k", "/no/such/s", "-f", "raw", "disk.raw"],
@@ -399,7 +400,7 @@ def test_what_is_wrong_is_told(place, words, fork):
     (["-d", "/dev/nbd0"], "--disconnect"), (["--tls-creds", "t", "disk.raw"], "--tls-creds"),
     (["--tls-authz", "t", "disk.raw"], "--tls-authz"), (["--tls-hostname", "t", "disk.raw"], "--tls-hostname"),
     (["-T", "x", "disk.raw"], "--trace"), (["--selinux-label", "x", "-k", "s", "disk.raw"], "--selinux-label"),
-    (["--aio=native", "disk.raw"], "--aio=native"), (["--detect-zeroes=on", "disk.raw"], "--detect-zeroes=on"),
+    (["--aio=native", "disk.raw"], "--aio=native"),
 ])
 def test_what_is_not_there_is_refused_by_name(place, words, text):
     done = place.run(place.ours, *words, ok=(1,))

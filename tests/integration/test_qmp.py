@@ -164,7 +164,8 @@ def test_inline_children_go_with_their_parent(daemon):
     ({"driver": "raw", "node-name": "n", "file": "nobody"}, "there is no node 'nobody'"),
     ({"driver": "raw", "node-name": "n", "file": {"driver": "null-co"}, "offset": 1 << 50}, "offset"),
     ({"driver": "null-co", "node-name": "n", "force-share": True}, "force-share needs read-only"),
-    ({"driver": "null-co", "node-name": "n", "detect-zeroes": "on"}, "not supported yet"),
+    ({"driver": "null-co", "node-name": "n", "detect-zeroes": "unmap"}, "needs discard 'unmap'"),
+    ({"driver": "null-co", "node-name": "n", "detect-zeroes": "yes"}, "arguments.detect-zeroes: 'yes'"),
 ])
 def test_refuses_nodes(daemon, arguments, part):
     q = daemon.qmp()

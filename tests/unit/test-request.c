@@ -7,11 +7,13 @@
 #include "base/checked.h"
 #include "base/prng.h"
 #include "graph-fixture.h"
+#include "graph/tracker.h"
 #include "loop/lock.h"
 #include "null-co-options.h"
 #include "seeds.h"
 
 #include <errno.h>
+#include <limits.h>
 
 #define DISK_SIZE ((size_t)64 << 10)
 
@@ -359,6 +361,152 @@ static void test_request__zeroes_are_written_as_data_unless_the_client_forbids_i
 {
     (void)state;
     on_both(zeroes_as_data, NULL);
+}
+
+/* ---- zeroes that are noticed ---- */
+
+/* Writes two vectors that are zeroes but for the byte at `mark`; UINT_MAX: all of it. Returns how many came as zeroes. */
+static unsigned write_marked(unsigned flags, uint64_t offset, unsigned len, unsigned mark)
+{
+    static uint8_t data[DISK_SIZE];
+    struct iovec iov[] = {{data, len / 3}, {data + len / 3, len - len / 3}};
+    struct request req = {
+        .kind = REQUEST_WRITE,
+        .flags = flags,
+        .offset = offset,
+        .len = len,
+        .iov = iov,
+        .iov_count = 2,
+    };
+    unsigned before = disk.zeroes;
+
+    memset(data, 0, sizeof(data));
+    if (mark < len)
+        data[mark] = 1;
+    memset(disk.data, 0xaa, DISK_SIZE);
+    assert_int_equal(backend_co_request(backend, &req), 0);
+    assert_memory_equal(disk.data + offset, data, len);
+    for (unsigned i = 0; i < DISK_SIZE; i++)
+        assert_true((i >= offset && i < offset + len) || disk.data[i] == 0xaa);
+    assert_ptr_equal(req.iov, iov);
+    return disk.zeroes - before;
+}
+
+static void detect_zeroes(void *arg)
+{
+    (void)arg;
+    for (unsigned align = 1; align <= 4096; align = align == 1 ? 512 : align * 8) {
+        open_disk(plain_drivers, align, 1, ",'detect-zeroes':'on','discard':'unmap'");
+        assert_int_equal(write_marked(0, 0, 8192, UINT_MAX), 1);
+        assert_int_equal(disk.writes, 0);
+        assert_false(disk.last_flags & REQUEST_MAY_UNMAP);
+        assert_int_equal(write_marked(0, 0, 8192, 0), 0);
+        assert_int_equal(write_marked(0, 0, 8192, 2730), 0);
+        assert_int_equal(write_marked(0, 0, 8192, 8191), 0);
+        assert_int_equal(write_marked(0, 4095, 8194, UINT_MAX), 1);
+        assert_int_equal(write_marked(0, 4095, 8194, 5000), 0);
+        assert_int_equal(write_marked(0, 0, 0, UINT_MAX), 0);
+        assert_int_equal(write_marked(0, 7, 1, UINT_MAX), align == 1);
+        close_disk();
+
+        open_disk(plain_drivers, align, 1, "");
+        assert_int_equal(write_marked(0, 0, 8192, UINT_MAX), 0);
+        assert_int_equal(disk.writes, 1);
+        close_disk();
+    }
+}
+
+static void test_request__zeroes_are_noticed_in_the_whole_of_a_write_if_wanted(void **state)
+{
+    (void)state;
+    on_both(detect_zeroes, NULL);
+}
+
+static void zeroes_keep_their_promises(void *arg)
+{
+    (void)arg;
+    open_disk(plain_drivers, 512, 1, ",'detect-zeroes':'unmap','discard':'unmap'");
+    assert_int_equal(write_marked(REQUEST_FUA, 0, 4096, UINT_MAX), 1);
+    assert_true(disk.last_flags & REQUEST_MAY_UNMAP);
+    assert_int_equal(disk.flushes, 1);
+    disk.no_zeroes = true; /* then it is data after all */
+    assert_int_equal(write_marked(REQUEST_FUA, 0, 4096, UINT_MAX), 1);
+    assert_int_equal(disk.flushes, 2);
+    assert_int_equal(disk.writes, 1);
+    close_disk();
+
+    open_disk(fua_drivers, 512, 1, ",'detect-zeroes':'on'"); /* which has no write-zeroes at all */
+    assert_int_equal(write_marked(REQUEST_FUA, 0, DISK_SIZE, UINT_MAX), 0);
+    assert_int_equal(disk.fua_writes, 1);
+    close_disk();
+}
+
+static void test_request__noticed_zeroes_are_as_durable_as_the_write(void **state)
+{
+    (void)state;
+    on_both(zeroes_keep_their_promises, NULL);
+}
+
+/* Who tracks changes hears of them as of any other. */
+static struct {
+    struct tracker tracker;
+    unsigned told;
+} heard;
+
+static void heard_changed(struct tracker *t, uint64_t offset, uint64_t len)
+{
+    (void)t;
+    assert_int_equal(offset, 512);
+    assert_int_equal(len, 1024);
+    heard.told++;
+}
+
+static void heard_resized(struct tracker *t, uint64_t size)
+{
+    (void)t;
+    (void)size;
+}
+
+static void zeroes_are_tracked(void *arg)
+{
+    (void)arg;
+    heard.tracker =
+        (struct tracker){.changed = heard_changed, .resized = heard_resized, .next = NULL};
+    heard.told = 0;
+    open_disk(plain_drivers, 512, 1, ",'detect-zeroes':'on'");
+    node_attach_tracker(graph_find(graph, "d"), &heard.tracker);
+    assert_int_equal(write_marked(0, 512, 1024, UINT_MAX), 1);
+    assert_int_equal(heard.told, 2); /* C2: before and after */
+    node_detach_tracker(graph_find(graph, "d"), &heard.tracker);
+    close_disk();
+}
+
+static void test_request__noticed_zeroes_are_changes(void **state)
+{
+    (void)state;
+    on_both(zeroes_are_tracked, NULL);
+}
+
+static void detection_is_settled(void *arg)
+{
+    struct error *err = NULL;
+
+    (void)arg;
+    graph = graph_new(plain_drivers);
+    assert_int_equal(
+        add_node(graph, &err, "{'driver':'null-co','node-name':'d','detect-zeroes':'unmap'}"),
+        -EINVAL);
+    assert_string_equal(
+        error_text(err),
+        "node 'd': detect-zeroes 'unmap' needs discard 'unmap', or nothing is given back");
+    error_free(&err);
+    graph = graph_co_free(graph);
+}
+
+static void test_request__giving_back_noticed_zeroes_takes_discard(void **state)
+{
+    (void)state;
+    on_both(detection_is_settled, NULL);
 }
 
 /* ---- what a node's settings say ---- */

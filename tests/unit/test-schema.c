@@ -247,9 +247,6 @@ static void test_schema__refuses_by_name_what_is_not_supported(void **state)
         "arguments.aio: not accepted: the I/O engine is chosen for all nodes by cairnd's option --engine");
     assert_refused("blockdev-add", "{'driver': 'host_device', 'filename': 'a', 'pr-manager': 'x'}",
                    "arguments.pr-manager: not accepted: persistent reservations are not supported");
-    assert_refused(
-        "blockdev-add", "{'driver': 'file', 'filename': 'a', 'detect-zeroes': 'unmap'}",
-        "arguments.detect-zeroes: 'unmap' is not accepted: detection of zeroes is not supported yet");
     assert_refused("blockdev-add", "{'driver': 'raw', 'file': 'f', 'filename': 'a'}",
                    "arguments.filename: unknown member (driver is 'raw')");
     assert_refused(

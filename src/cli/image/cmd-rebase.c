@@ -6,6 +6,7 @@
 #include "base/alloc.h"
 #include "base/checked.h"
 #include "base/macros.h"
+#include "base/zeroes.h"
 #include "cli/image/extent-walk.h"
 #include "cli/image/image-copy.h"
 #include "cli/image/tool.h"
@@ -70,7 +71,7 @@ static int co_fn write_differences(struct rebase *x, uint64_t at, size_t len)
 
         if (memcmp(data, x->new_data->data + from, to - from) == 0)
             r = 0;
-        else if (can_say_zero(x, to - from) && image_is_zero(data, to - from))
+        else if (can_say_zero(x, to - from) && is_all_zeroes(data, to - from))
             r = image_co_zero(x->top.backend, at + from, to - from, flags | REQUEST_MAY_UNMAP);
         else
             r = image_co_write(x->top.backend, at + from, data, to - from, flags | compressed,

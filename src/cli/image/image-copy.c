@@ -4,6 +4,7 @@
 #include "base/atomic.h"
 #include "base/checked.h"
 #include "base/macros.h"
+#include "base/zeroes.h"
 #include "loop/iobuf.h"
 #include "loop/loop.h"
 #include "loop/scope.h"
@@ -28,14 +29,6 @@ struct piece {
     uint64_t len;
     uint64_t number;
 };
-
-bool image_is_zero(const void *data, size_t len)
-{
-    const uint8_t *b = data;
-
-    /* Most data that is not zero says so at once. */
-    return !len || (b[0] == 0 && memcmp(b, b + 1, len - 1) == 0);
-}
 
 /* The first error is the one to tell. Takes it. */
 static int stop(struct image_copy *c, int r, struct error **err)
@@ -272,12 +265,12 @@ static int co_fn write_data(struct image_copy *c, const struct piece *p, struct 
         return write_run(c, p->at, buf, 0, (size_t)p->len, false);
     while (r == 0 && from < p->len) {
         size_t to = unit_end(p, from, unit);
-        bool zero = image_is_zero(buf->data + from, to - from);
+        bool zero = is_all_zeroes(buf->data + from, to - from);
 
         while (to < p->len) {
             size_t next = unit_end(p, to, unit);
 
-            if (image_is_zero(buf->data + to, next - to) != zero)
+            if (is_all_zeroes(buf->data + to, next - to) != zero)
                 break;
             to = next;
         }

@@ -76,7 +76,4 @@ struct image_copy {
 /* 0, or a negative errno and *err. */
 int co_fn image_co_copy(struct image_copy *c, struct error **err);
 
-/* Is it all zeroes? */
-bool image_is_zero(const void *data, size_t len);
-
 #endif

@@ -316,6 +316,13 @@ static void set_common(json_t *def, const struct image *image, size_t i)
                                       "no-flush", !!(image->flags & IMAGE_NO_FLUSH)));
 }
 
+/* Of the node that users write to. */
+static void set_detect_zeroes(json_t *def, const struct image *image, size_t i)
+{
+    if (i == 0 && image->detect_zeroes && (image->flags & IMAGE_WRITE))
+        json_object_set_new(def, "detect-zeroes", json_string(image->detect_zeroes));
+}
+
 static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t *file,
                                            struct error **err)
 {
@@ -326,6 +333,8 @@ static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t
         return error_set(err, ENOMEM, "no memory");
     json_object_set_new(def, "node-name", json_string(layer->file_node));
     set_common(def, image, i);
+    if (layer->node == layer->file_node)
+        set_detect_zeroes(def, image, i);
     return image_co_add_node(image->graph, def, err);
 }
 
@@ -411,6 +420,7 @@ static json_t *format_definition(const struct image *image, size_t i)
     if (i == 0 && image->key_secret)
         set_key(def, layer, image->key_secret);
     set_common(def, image, i);
+    set_detect_zeroes(def, image, i);
     return def;
 }
 
@@ -842,6 +852,7 @@ int image_co_open(struct image *image, struct graph *g, const char *prefix,
         .flags = spec->flags,
         .base_name = spec->base,
         .key_secret = spec->key_secret,
+        .detect_zeroes = spec->detect_zeroes,
     };
     r = spec->snapshot ? read_snapshot(image, spec->snapshot, err) : 0;
     if (r == 0)

@@ -16,7 +16,7 @@
  */
 static int co_fn control_fn make_and_open(struct graph *g, const char *path, const char *name,
                                           const char *below, uint64_t size, const char *discard,
-                                          struct error **err)
+                                          const char *detect_zeroes, struct error **err)
 {
     struct qcow2_create_options options = QCOW2_CREATE_OPTIONS_INIT;
     int r;
@@ -26,17 +26,17 @@ static int co_fn control_fn make_and_open(struct graph *g, const char *path, con
     if (r < 0)
         return r;
     r = image_co_add_node(g,
-                          json_pack("{s:s, s:s, s:s, s:s, s:{s:s, s:s, s:{s:b}}}", "driver",
+                          json_pack("{s:s, s:s, s:s, s:s, s:s, s:{s:s, s:s, s:{s:b}}}", "driver",
                                     "qcow2", "node-name", name, "backing", below, "discard",
-                                    discard, "file", "driver", "file", "filename", path, "cache",
-                                    "no-flush", 1),
+                                    discard, "detect-zeroes", detect_zeroes, "file", "driver",
+                                    "file", "filename", path, "cache", "no-flush", 1),
                           err);
     (void)unlink(path); /* at worst a file stays in the directory for temporary ones */
     return r;
 }
 
 int image_co_add_overlay(struct graph *g, const char *name, const char *below, uint64_t size,
-                         const char *discard, struct error **err)
+                         const char *discard, const char *detect_zeroes, struct error **err)
 {
     const char *where = getenv("TMPDIR");
     AUTO(free_ptr)
@@ -47,7 +47,7 @@ int image_co_add_overlay(struct graph *g, const char *name, const char *below, u
     if (!mkdtemp(dir))
         return error_set(err, errno, "cannot make the directory '%s': %s", dir, strerror(errno));
     path = xasprintf("%s/overlay.qcow2", dir);
-    r = make_and_open(g, path, name, below, size, discard, err);
+    r = make_and_open(g, path, name, below, size, discard, detect_zeroes, err);
     (void)rmdir(dir); /* as above */
     return r < 0 ? error_wrap(err, r, "temporary layer") : 0;
 }

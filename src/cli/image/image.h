@@ -44,8 +44,10 @@ struct image_spec {
     const char *format;     /* NULL: it is probed */
     bool options;           /* `name` is options (--image-opts) */
     const char *key_secret; /* opens the top if it is encrypted; NULL: its options say that */
-    const char *snapshot;   /* -l: what the top shows; NULL: what it holds now */
-    const char *base;       /* of IMAGE_COMMIT; NULL: the layer below the top */
+    const char
+        *detect_zeroes; /* when the top is written to: "on", "unmap"; NULL: its options say that */
+    const char *snapshot; /* -l: what the top shows; NULL: what it holds now */
+    const char *base;     /* of IMAGE_COMMIT; NULL: the layer below the top */
     unsigned flags;
 };
 
@@ -80,6 +82,7 @@ struct image {
     unsigned flags;
     const char *base_name;
     const char *key_secret;
+    const char *detect_zeroes;
     size_t base;      /* of IMAGE_COMMIT: a layer; 0: it was not found yet, or there is none */
     json_t *snapshot; /* that the top shows, as its driver's option; or NULL */
     struct backend *backend; /* on the top */
@@ -99,10 +102,12 @@ const char *image_format(const struct image *image);
 /* Adds a node. Takes the definition; -EINVAL when it is NULL. */
 int co_fn control_fn image_co_add_node(struct graph *g, json_t *definition, struct error **err);
 /*
- * Adds a temporary layer over the node `below`, which takes all writes and goes with the process. `discard`: as for all nodes.
+ * Adds a temporary layer over the node `below`, which takes all writes and goes with the process. `discard` and `detect_zeroes`
+ * are those of all nodes.
  */
 int co_fn control_fn image_co_add_overlay(struct graph *g, const char *name, const char *below,
-                                          uint64_t size, const char *discard, struct error **err);
+                                          uint64_t size, const char *discard,
+                                          const char *detect_zeroes, struct error **err);
 /* A backend on a node, attached to this loop. */
 int co_fn control_fn image_co_backend(struct backend **ret, struct graph *g, const char *node,
                                       struct access access, struct error **err);

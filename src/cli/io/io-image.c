@@ -36,7 +36,7 @@ static int co_fn control_fn open_overlay(struct io *io, const struct io_open *ho
     struct access access = {.wants = ACCESS_READ, .tolerates = ACCESS_READ};
     int r = image_co_add_overlay(io->graph, OVERLAY_NODE, io->image.layers[0].node,
                                  image_size(&io->image),
-                                 how->flags & IMAGE_NO_DISCARD ? "ignore" : "unmap", err);
+                                 how->flags & IMAGE_NO_DISCARD ? "ignore" : "unmap", "off", err);
 
     if (r < 0)
         return r;

@@ -88,15 +88,12 @@ static int read_discard(struct nbd_tool *t, const char *mode, struct error **err
     return 0;
 }
 
-static int read_detect_zeroes(const char *mode, struct error **err)
+static int read_detect_zeroes(struct nbd_tool *t, const char *mode, struct error **err)
 {
-    int r = once(OPT_DETECT_ZEROES, "--detect-zeroes", err);
-
-    if (r < 0 || strcmp(mode, "off") == 0)
-        return r;
-    if (strcmp(mode, "on") == 0 || strcmp(mode, "unmap") == 0)
-        return error_set(err, ENOTSUP, "--detect-zeroes=%s is not supported yet", mode);
-    return error_set(err, EINVAL, "--detect-zeroes '%s': it is one of off, on, unmap", mode);
+    if (strcmp(mode, "off") != 0 && strcmp(mode, "on") != 0 && strcmp(mode, "unmap") != 0)
+        return error_set(err, EINVAL, "--detect-zeroes '%s': it is one of off, on, unmap", mode);
+    t->detect_zeroes = mode;
+    return 0;
 }
 
 static int read_shared(struct nbd_tool *t, const char *text, struct error **err)
@@ -188,7 +185,7 @@ static int read_value(struct nbd_tool *t, int opt, struct error **err)
     case OPT_DISCARD:
         return read_discard(t, optarg, err);
     case OPT_DETECT_ZEROES:
-        return read_detect_zeroes(optarg, err);
+        return read_detect_zeroes(t, optarg, err);
     case OPT_PID_FILE:
         t->pid_file = optarg;
         return 0;
@@ -259,6 +256,15 @@ static int take_inherited(struct nbd_tool *t, struct error **err)
     return 0;
 }
 
+static int check_detect_zeroes(const struct nbd_tool *t, struct error **err)
+{
+    bool unmaps = t->discard && strcmp(t->discard, "unmap") == 0;
+
+    if (t->detect_zeroes && strcmp(t->detect_zeroes, "unmap") == 0 && !unmaps)
+        return error_set(err, EINVAL, "--detect-zeroes=unmap needs --discard=unmap");
+    return 0;
+}
+
 static int check_all(struct nbd_tool *t, int count, struct error **err)
 {
     int r = count == 1 ? 0 : cli_usage(err, "Invalid number of arguments");
@@ -267,6 +273,8 @@ static int check_all(struct nbd_tool *t, int count, struct error **err)
         r = error_set(err, EINVAL, "--image-opts and -f are mutually exclusive");
     if (r == 0 && t->overlay && t->spec.snapshot)
         r = error_set(err, EINVAL, "--snapshot and --load-snapshot are mutually exclusive");
+    if (r == 0)
+        r = check_detect_zeroes(t, err);
     if (r == 0)
         r = take_inherited(t, err);
     if (r < 0)
@@ -367,7 +375,8 @@ const struct cli_command nbd_command = {
         "      --cache MODE          none, writeback (default), writethrough, directsync or unsafe\n"
         "      --aio MODE            how I/O is done: io_uring or threads\n"
         "      --discard MODE        ignore (default) or unmap\n"
-        "      --detect-zeroes MODE  off\n"
+        "      --detect-zeroes MODE  off (default), on or unmap: writes of zeroes become zeroes that\n"
+        "                            take no space; unmap needs --discard unmap\n"
         "      --image-opts          FILE is options: driver=qcow2,file.filename=PATH\n"
         "      --allow DIR           what images refer to may lie in DIR, too\n"
         "  -v, --verbose             say on standard error what is served\n"

@@ -25,8 +25,9 @@ static const char *discard_mode(const struct nbd_tool *t)
 static int co_fn control_fn add_overlay(struct nbd_disk *disk, const struct nbd_tool *t,
                                         struct error **err)
 {
-    int r = image_co_add_overlay(disk->image.graph, OVERLAY_NODE, disk->top,
-                                 image_size(&disk->image), discard_mode(t), err);
+    int r =
+        image_co_add_overlay(disk->image.graph, OVERLAY_NODE, disk->top, image_size(&disk->image),
+                             discard_mode(t), t->detect_zeroes ? t->detect_zeroes : "off", err);
 
     if (r < 0)
         return error_wrap(err, r, "--snapshot");
@@ -66,6 +67,7 @@ int nbd_disk_co_open(struct nbd_disk *disk, struct graph *g, const struct nbd_to
 
     *disk = (struct nbd_disk){.top = NULL};
     spec.flags |= IMAGE_NODES | t->cache.flags;
+    spec.detect_zeroes = t->detect_zeroes;
     if (!t->read_only && !t->overlay)
         spec.flags |= IMAGE_WRITE;
     if (strcmp(discard_mode(t), "ignore") == 0)

@@ -29,6 +29,8 @@ struct nbd_tool {
     bool read_only;
     bool overlay; /* writes go to a temporary file */
     const char *discard;
+    const char
+        *detect_zeroes; /* of the node that holds what is written; NULL: its options say that */
     struct tool_cache cache;
     enum loop_engine engine;
 

@@ -9,6 +9,7 @@
 #include "base/endian.h"
 #include "base/log.h"
 #include "base/macros.h"
+#include "base/zeroes.h"
 #include "bitmaps/dirty-bitmap.h"
 #include "formats/qcow2/qcow2-bitmap.h"
 #include "formats/qcow2/qcow2-header-bitmaps.h"
@@ -233,11 +234,6 @@ static int co_fn store_bits(struct storing *s, const struct bitmap *bits, uint8_
     return r == 0 ? write_run(s, &run) : r;
 }
 
-static bool is_zero(const uint8_t *bytes, size_t len)
-{
-    return len == 0 || (!bytes[0] && memcmp(bytes, bytes + 1, len - 1) == 0);
-}
-
 /* Where space reads as zeroes, what is zero is not written. */
 static int co_fn write_sparse(struct storing *s, const struct qcow2_extent *at, struct iobuf *b,
                               size_t len)
@@ -248,7 +244,7 @@ static int co_fn write_sparse(struct storing *s, const struct qcow2_extent *at, 
     for (size_t from = 0; r == 0 && from < len; from += step) {
         size_t n = MIN(len - from, step);
 
-        if (!at->fresh || !is_zero(b->data + from, n))
+        if (!at->fresh || !is_all_zeroes(b->data + from, n))
             r = qcow2_write_meta(s->q, s->by, at->host_offset + from, b, from, n);
     }
     return r;
