@@ -69,20 +69,20 @@ class Qmp:
             assert message and "event" in message, message
             self.events.append(message)
 
-    def execute(self, name, **arguments):
+    def execute(self, name, /, **arguments):
         self.send({"execute": name, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}})
         return self.answer()
 
-    def command(self, name, **arguments):
+    def command(self, name, /, **arguments):
         """What a command that must succeed returns."""
         answer = self.execute(name, **arguments)
-        assert "return" in answer, answer
+        assert "return" in answer, (name, arguments, answer)
         return answer["return"]
 
-    def refused(self, name, **arguments):
+    def refused(self, name, /, **arguments):
         """The error of a command that must fail."""
         answer = self.execute(name, **arguments)
-        assert "error" in answer, answer
+        assert "error" in answer, (name, arguments, answer)
         assert set(answer["error"]) == {"class", "desc"}
         return answer["error"]
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 
 import pytest
@@ -32,6 +33,16 @@ def run(*command, ok=(0,), **options):
     if ok is not None:
         assert done.returncode in ok, (command, done.returncode, done.stdout, done.stderr)
     return done
+
+
+def u64(path, offset, value=None):
+    """What a file has there, big-endian, or puts it there."""
+    with open(path, "rb" if value is None else "r+b") as f:
+        f.seek(offset)
+        if value is None:
+            return struct.unpack(">Q", f.read(8))[0]
+        f.write(struct.pack(">Q", value))
+    return value
 
 
 def peer_makes_keys(*arguments, cwd=None):

@@ -31,13 +31,10 @@ class Host:
         self.must("block-export-add", EXPORT)
 
     def do(self, command, arguments):
-        self.q.send({"execute": command, "arguments": arguments})
-        return self.q.answer()
+        return self.q.execute(command, **arguments)
 
     def must(self, command, arguments):
-        answer = self.do(command, arguments)
-        assert "return" in answer, (command, arguments, answer)
-        return answer["return"]
+        return self.q.command(command, **arguments)
 
     def uri(self, name="rw"):
         return f"nbd+unix:///{name}?socket={self.path}"

@@ -2,39 +2,19 @@
 """`cairn check-node`: images are checked while a daemon serves them and a guest writes. What is found is what qemu-img check finds when
 the guest has gone."""
 import json
-import os
 import random
-import shutil
-import struct
-import subprocess
 import threading
 import time
 
 import pytest
 
+from image_support import need_peer, program, run, u64
+
 nbd = pytest.importorskip("nbd")
-for tool in ("qemu-img", "qemu-io"):
-    if not shutil.which(tool):
-        print(f"requires {tool}")
-        pytest.skip(tool, allow_module_level=True)
+need_peer()
 
 MIB = 1 << 20
 COPIED = 1 << 63
-
-
-def run(*command, ok=(0,)):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in ok, (command, done.returncode, done.stdout, done.stderr)
-    return done
-
-
-def u64(path, offset, value=None):
-    with open(path, "rb" if value is None else "r+b") as f:
-        f.seek(offset)
-        if value is None:
-            return struct.unpack(">Q", f.read(8))[0]
-        f.write(struct.pack(">Q", value))
-    return value
 
 
 class Served:
@@ -50,7 +30,7 @@ class Served:
         self.q.command("block-export-add", type="nbd", id="e", node_name="d", writable=True)
 
     def check(self, *options, ok=(0,)):
-        return run(os.environ["CAIRN"], "check-node", *options, self.control, "d", ok=ok)
+        return run(program(), "check-node", *options, self.control, "d", ok=ok)
 
     def json(self, ok=(0,)):
         return json.loads(self.check("--json", ok=ok).stdout)
@@ -159,11 +139,10 @@ def test_what_cannot_be_checked_is_refused_by_name(daemon, tmp_path):
     path = str(tmp_path / "a")
     make(path)
     served = Served(daemon, path)
-    program = os.environ["CAIRN"]
     served.q.command("blockdev-add", driver="null-co", node_name="n", size=MIB)
-    assert "null-co" in run(program, "check-node", served.control, "n", ok=(1,)).stderr
-    assert "'nowhere'" in run(program, "check-node", served.control, "nowhere", ok=(1,)).stderr
-    assert "close its node" in run(program, "check-node", "--repair=all", served.control, "d", ok=(2,)).stderr
+    assert "null-co" in run(program(), "check-node", served.control, "n", ok=(1,)).stderr
+    assert "'nowhere'" in run(program(), "check-node", served.control, "nowhere", ok=(1,)).stderr
+    assert "close its node" in run(program(), "check-node", "--repair=all", served.control, "d", ok=(2,)).stderr
     assert served.q.command("query-jobs") == []
     served.close()
 
@@ -173,6 +152,6 @@ def test_backing_node_that_is_only_read_can_be_checked(daemon, tmp_path):
     make(path)
     q = daemon.qmp()
     q.command("blockdev-add", driver="qcow2", node_name="d", read_only=True, file={"driver": "file", "filename": path})
-    found = json.loads(run(os.environ["CAIRN"], "check-node", "--json", daemon.path, "d").stdout)
+    found = json.loads(run(program(), "check-node", "--json", daemon.path, "d").stdout)
     assert found["allocated-clusters"] == 256 and found["node-name"] == "d"
     q.command("blockdev-del", node_name="d")

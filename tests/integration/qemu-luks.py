@@ -22,24 +22,16 @@ class Host:
         self.directory = daemon.directory
         self.daemon = daemon
         self.q = daemon.qmp()
+        self.must = self.q.command
         self.must("nbd-server-start", addr={"type": "unix", "data": {"path": self.path("nbd.sock")}})
 
     def path(self, name):
         return os.path.join(self.directory, name)
 
-    def do(self, command, **arguments):
-        self.q.send({"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}})
-        return self.q.answer()
-
-    def must(self, command, **arguments):
-        answer = self.do(command, **arguments)
-        assert "return" in answer, (command, arguments, answer)
-        return answer["return"]
-
     def refused(self, text, command, **arguments):
-        answer = self.do(command, **arguments)
-        assert "error" in answer and text in answer["error"]["desc"], (command, arguments, answer)
-        return answer["error"]["desc"]
+        desc = self.q.refused(command, **arguments)["desc"]
+        assert text in desc, (command, arguments, desc)
+        return desc
 
     def volume(self, name, **more):
         return dict({"driver": "luks", "node_name": "d", "key_secret": "s",

@@ -4,34 +4,16 @@ nothing but the mark was written. The peer meets the same images, and marks them
 import json
 import os
 import shutil
-import struct
-import subprocess
 
 import pytest
 
+from image_support import need_peer, program, run, u64
+
 nbd = pytest.importorskip("nbd")
-for tool in ("qemu-img", "qemu-io"):
-    if not shutil.which(tool):
-        print(f"requires {tool}")
-        pytest.skip(tool, allow_module_level=True)
+need_peer()
 
 CLUSTER = 65536
 COPIED = 1 << 63
-
-
-def run(*command, ok=(0,)):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in ok, (command, done.returncode, done.stdout, done.stderr)
-    return done
-
-
-def u64(path, offset, value=None):
-    with open(path, "rb" if value is None else "r+b") as f:
-        f.seek(offset)
-        if value is None:
-            return struct.unpack(">Q", f.read(8))[0]
-        f.write(struct.pack(">Q", value))
-    return value
 
 
 def l2_table(path):
@@ -61,8 +43,7 @@ def is_marked(path):
 
 
 def check(path, *options, ok):
-    program = os.environ["CAIRN"]
-    return json.loads(run(program, "check", "--output=json", *options, path, ok=ok).stdout)
+    return json.loads(run(program(), "check", "--output=json", *options, path, ok=ok).stdout)
 
 
 class Disk:

@@ -56,17 +56,14 @@ class Host:
             self.open(path, read_only)
 
     def do(self, command, arguments):
-        self.q.send({"execute": command, "arguments": arguments})
-        return self.q.answer()
+        return self.q.execute(command, **arguments)
 
     def must(self, command, arguments):
-        answer = self.do(command, arguments)
-        assert "return" in answer, (command, arguments, answer)
-        return answer["return"]
+        return self.q.command(command, **arguments)
 
     def refused(self, text, command, arguments):
-        answer = self.do(command, arguments)
-        assert "error" in answer and text in answer["error"]["desc"], answer
+        desc = self.q.refused(command, **arguments)["desc"]
+        assert text in desc, (command, arguments, desc)
 
     def open(self, path, read_only=False):
         self.must("blockdev-add", disk(path, read_only))

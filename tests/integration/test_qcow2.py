@@ -19,19 +19,11 @@ class Host:
     def __init__(self, daemon):
         self.daemon = daemon
         self.q = daemon.qmp()
-
-    def do(self, command, **arguments):
-        self.q.send({"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}})
-        return self.q.answer()
-
-    def must(self, command, **arguments):
-        answer = self.do(command, **arguments)
-        assert "return" in answer, (command, arguments, answer)
-        return answer["return"]
+        self.must = self.q.command
 
     def refused(self, text, command, **arguments):
-        answer = self.do(command, **arguments)
-        assert "error" in answer and text in answer["error"]["desc"], (command, arguments, answer)
+        desc = self.q.refused(command, **arguments)["desc"]
+        assert text in desc, (command, arguments, desc)
 
     def path(self, name):
         return os.path.join(self.daemon.directory, name)
