@@ -176,6 +176,74 @@ static void test_qcow2_space__cancelled_flush_loses_nothing_that_was_freed(void 
     assert_in_range(k, 2, 100);
 }
 
+/* ---- a writer who has left ---- */
+
+/* From memory that the host may keep (G8). */
+static void write_there(void *arg)
+{
+    struct world *w = arg;
+    struct iobuf *b = iobuf_new(CLUSTER);
+    struct iovec iov = {b->data, CLUSTER};
+
+    memset(b->data, 1, CLUSTER);
+    for (uint64_t i = 1; i < 4; i++) {
+        struct request req = {.kind = REQUEST_WRITE, .offset = 32 * i * CLUSTER, .len = CLUSTER};
+
+        req.iov = &iov;
+        req.iov_count = 1;
+        req.hold = b;
+        (void)backend_co_request(w->backend, &req);
+    }
+    iobuf_unref(b);
+}
+
+static void write_and_cancel(struct world *w)
+{
+    struct sim_fault fault = {.name = TOP,
+                              .ops = SIM_OP(IO_WRITE) | SIM_OP(IO_SYNC) | SIM_OP(IO_TRUNCATE),
+                              .kind = SIM_HANG,
+                              .at = w->fails_at,
+                              .times = 1};
+    struct co_scope scope;
+
+    open_top(w);
+    sim_fault_add(&fault);
+    co_scope_init(&scope);
+    assert_int_equal(co_scope_start(&scope, write_there, w), 0);
+    co_scope_set_deadline(&scope, loop_clock() + NS_PER_S);
+    co_scope_join(&scope);
+    w->fired = fault.fired;
+    sim_fault_remove(&fault);
+    (void)sim_unhang(TOP);
+    close_top(w);
+}
+
+/* The host writes there for a while; when it has ended, the space is free as before. */
+static void test_qcow2_space__cancelled_write_gives_its_place_back(void **state)
+{
+    struct qcow2_shape shape = {
+        .version = 3, .cluster_bits = 12, .refcount_order = 4, .size = 128 * CLUSTER};
+    struct world w = {.driver = "file", .body = write_and_cancel, .fired = true};
+    uint64_t k = 0;
+
+    (void)state;
+    while (w.fired) {
+        struct qcow2_verdict v;
+        size_t len;
+        uint8_t *bytes = qcow2_make(&shape, &len);
+
+        w.disk = sim_disk_new();
+        image_put(w.disk, TOP, bytes, len);
+        free(bytes);
+        w.fails_at = ++k;
+        in_sim(&w);
+        image_judge(w.disk, TOP, LEAKS_ALLOWED, &v);
+        assert_int_equal(v.leaks, 0);
+        sim_disk_free(w.disk);
+    }
+    assert_in_range(k, 5, 100);
+}
+
 /* ---- many pieces ---- */
 
 #define PIECES   3000u

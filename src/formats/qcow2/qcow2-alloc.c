@@ -175,11 +175,12 @@ static void reuse(struct qcow2 *q, struct qcow2_run *run)
     tiny_lock_release(&q->lock);
 }
 
-/* ONLINE-1: something may have pointed there. */
+/* ONLINE-1: something may have pointed there. G9: the host may still write there. */
 static void reuse_or_withhold(struct qcow2 *q, struct qcow2_run *run)
 {
     tiny_lock_acquire(&q->lock);
-    if (q->alloc.online)
+    run->late = node_has_unresolved(edge_node(q->file));
+    if (q->alloc.online || run->late)
         list_prepend(&q->alloc.graced, &run->link);
     else
         reuse_add_locked(q, run);
@@ -190,10 +191,7 @@ void qcow2_alloc_put(struct qcow2 *q, uint64_t host_offset, uint64_t count)
 {
     struct qcow2_run *run = run_new(host_offset >> q->cluster_bits, count);
 
-    /* G9: the host may still write there. Without memory they leak, too, as after a crash. */
-    if (!run || node_has_unresolved(edge_node(q->file)))
-        free(run);
-    else
+    if (run) /* else they leak, as after a crash */
         reuse_or_withhold(q, run);
 }
 
@@ -206,15 +204,28 @@ void qcow2_free_locked(struct qcow2 *q, struct qcow2_run *run)
 
 /* ---- what was freed ---- */
 
+/* The first one that neither readers nor the host may use any more. Those that wait for readers are in the order of their tickets. */
+static struct qcow2_run *find_graced_locked(struct qcow2 *q, uint64_t passed)
+{
+    bool hosts = node_has_unresolved(edge_node(q->file));
+    struct qcow2_run *run;
+
+    list_for_each (&q->alloc.graced, run, link) {
+        if (run->ticket > passed)
+            break;
+        if (!run->late || !hosts)
+            return run;
+    }
+    return NULL;
+}
+
 static struct qcow2_run *next_graced(struct qcow2 *q)
 {
     uint64_t passed = epoch_passed(node_epoch(q->node));
     struct qcow2_run *run;
 
     tiny_lock_acquire(&q->lock);
-    run = list_first(&q->alloc.graced, struct qcow2_run, link);
-    if (run && run->ticket > passed)
-        run = NULL;
+    run = find_graced_locked(q, passed);
     if (run)
         list_remove(&run->link);
     tiny_lock_release(&q->lock);
@@ -721,11 +732,13 @@ int qcow2_alloc_settle_all(struct qcow2 *q, const struct request *by)
     if (r == 0)
         r = count_pool_none(q, by);
     if (r == 0)
+        r = qcow2_grow_settle(q, by);
+    if (r == 0)
         r = qcow2_sync(q, by);
     if (r < 0 || !q->alloc.grows)
         return r;
     end = end_in_use(q);
-    if (end == q->alloc.end)
+    if (end == q->alloc.end && end >= q->alloc.tried_end)
         return 0;
     shrink = request_for(by, REQUEST_RESIZE, end << q->cluster_bits, 0);
     return edge_co_request(q->file, &shrink);

@@ -309,6 +309,47 @@ static int co_fn link_new(struct qcow2 *q, const struct request *by, struct grow
 }
 
 /*
+ * After a failure nothing points there, and it is as if nobody had tried, but for what the disk may say: that is put right when the
+ * node is closed.
+ */
+static void forget_counts(struct qcow2 *q, const struct growth *g)
+{
+    uint64_t entries = qcow2_block_entries(q);
+    uint64_t end = g->first + g->wanted;
+    struct qcow2_refblock *block;
+
+    list_for_each (&q->alloc.blocks, block, link) {
+        uint64_t base = block->index * entries;
+
+        for (uint64_t c = MAX(g->first, base); c < MIN(end, base + entries); c++)
+            qcow2_count_set(q, block->bytes, c - base, 0);
+    }
+    q->alloc.tried_end = MAX(q->alloc.tried_end, end);
+}
+
+int qcow2_grow_settle(struct qcow2 *q, const struct request *by)
+{
+    uint64_t entries = qcow2_block_entries(q);
+    uint64_t n;
+    int r = 0;
+
+    for (uint64_t c = q->alloc.end; r == 0 && c < q->alloc.tried_end; c += n) {
+        struct qcow2_refblock *block;
+
+        n = MIN(entries - c % entries, q->alloc.tried_end - c);
+        if (!has_block(q, c / entries))
+            continue;
+        r = qcow2_block_get(q, by, c / entries, &block);
+        if (r < 0)
+            break;
+        for (uint64_t i = 0; i < n; i++)
+            qcow2_count_set(q, block->bytes, c % entries + i, 0);
+        r = qcow2_block_write(q, by, q->alloc.table[block->index], block, c % entries, n);
+    }
+    return r;
+}
+
+/*
  * Makes `wanted` clusters at the end of the file ready, or fewer, but not less than `least`. If the table or the header may
  * point there after a failure, the place is not used again.
  */
@@ -338,6 +379,8 @@ int qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint6
         r = write_new(q, by, &g, table);
     if (r == 0)
         r = guard_blocks(q, &g);
+    if (r < 0)
+        forget_counts(q, &g);
     if (r == 0) {
         q->alloc.end = g.first + growth_total(&g);
         qcow2_online_counted(q, g.first, growth_total(&g));

@@ -103,6 +103,7 @@ struct qcow2_run {
     uint64_t ticket; /* of those that wait for their readers (Q1) */
     bool
         shared; /* of freed ones: others may use them as well; they are counted down, and no more */
+    bool late;  /* of freed ones: the host may still write there for somebody who has left (G9) */
 };
 
 struct qcow2_refblock {
@@ -119,10 +120,11 @@ struct qcow2_alloc {
     uint64_t table_offset;
     struct list blocks; /* struct qcow2_refblock, cached */
     unsigned block_count;
-    uint64_t end;   /* clusters from this one on were never used */
-    uint64_t scan;  /* those before this one are not free, or known */
-    uint64_t batch; /* how many clusters are made ready next time */
-    bool grows;     /* the file does, with zeroes */
+    uint64_t end;       /* clusters from this one on were never used */
+    uint64_t tried_end; /* to here the disk may count some that were to be made ready, in vain */
+    uint64_t scan;      /* those before this one are not free, or known */
+    uint64_t batch;     /* how many clusters are made ready next time */
+    bool grows;         /* the file does, with zeroes */
 
     /* Protected by the lock above: compressed bytes go to [pack, pack_end) of the file, whose clusters are counted once. */
     uint64_t pack;
@@ -418,6 +420,8 @@ struct qcow2_extent {
  */
 int co_fn qcow2_grow(struct qcow2 *q, const struct request *by, uint64_t wanted, uint64_t least,
                      struct qcow2_extent *ret);
+/* At the end, when the pool is empty: the disk counts nothing behind what is in use. */
+int co_fn qcow2_grow_settle(struct qcow2 *q, const struct request *by);
 
 /* ---- qcow2-alloc.c ---- */
 
