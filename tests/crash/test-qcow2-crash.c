@@ -2,7 +2,9 @@
 /*
  * Power cuts under qcow2 (P1, Q1, Q4): a run is killed at each boundary of each flush of the image file, and at random
  * operations between, also while it opens and closes; what was not flushed is kept, dropped or torn, each write by itself.
- * Then the image has leaks at most, opens, shows each sector as one of the values that it may have, and can be written on.
+ * Then the image has leaks at most, opens, shows each sector as one of the values that it may have, and can be written on. Between
+ * writers the size changes, clusters are preallocated, and snapshots are made, applied and deleted, in some of the cases: these hold
+ * what they held. Others are encrypted.
  *
  *     writers            some on loops of their own, over each other's sectors
  *        |
@@ -14,7 +16,10 @@
  */
 #include "base/checked.h"
 #include "crash-fixture.h"
+#include "crypt-fixture.h"
 #include "formats/list.h"
+#include "formats/qcow2/qcow2-preallocate.h"
+#include "formats/qcow2/qcow2-snapshot.h"
 #include "logged-disk.h"
 #include "protocols/list.h"
 #include "seeds.h"
@@ -26,6 +31,7 @@
 #define BASE        "/disk/base"
 #define DATA        "top.data"
 #define BASE_VALUES ((uint64_t)1 << 40)
+#define KEPT_MAX    4
 
 static const struct driver *const test_drivers[] = {&flush_filter_driver, NULL};
 static const struct driver *const *const drivers[] = {test_drivers, protocol_drivers,
@@ -38,10 +44,22 @@ struct plan {
     struct qcow2_shape base;
     bool has_base;
     bool resizes;
+    bool keeps;     /* snapshots */
+    bool encrypted; /* the top */
     unsigned writers;
     unsigned ops;
     unsigned bounds; /* that are tried, about; all of them when there are no more */
     unsigned span;   /* sectors from here on only are written: where the unallocated ones begin */
+};
+
+/* A snapshot: while it comes, or goes, the image may have it or not. */
+enum kept_state { KEPT_COMES, KEPT_THERE, KEPT_GOES, KEPT_GONE };
+
+struct kept {
+    enum kept_state state;
+    char name[16];
+    uint64_t size;
+    uint8_t *data; /* what it holds; zeroes beyond its size */
 };
 
 /* One run of it. */
@@ -56,6 +74,8 @@ struct run {
     uint64_t size_now;  /* as the last resize left it */
     uint64_t sizes[16]; /* that a power cut may leave; the first is the one at first */
     unsigned size_count;
+    struct kept kept[KEPT_MAX];
+    unsigned kept_count;
 
     /* Operations of the file after which the power may fail just before or just after a flush. */
     uint64_t bounds[BOUNDS_MAX];
@@ -70,6 +90,7 @@ static struct counts {
     uint64_t leaking;
     uint64_t compressed; /* images with compressed clusters after a cut */
     uint64_t lost;       /* sectors whose last value did not survive */
+    uint64_t kept;       /* snapshots that were looked at */
 } * counts;
 
 static int group_setup(void **state)
@@ -109,7 +130,7 @@ static void write_compressed(struct run *r, uint64_t first, uint64_t count)
     uint64_t to = MIN(align_up(first + count, per_cluster), r->size_now / LOG_SECTOR);
 
     write_sectors(r, from, MIN(to - from, 2 * per_cluster),
-                  r->plan->shape.data_file ? 0 : REQUEST_COMPRESSED);
+                  r->plan->shape.data_file || r->plan->encrypted ? 0 : REQUEST_COMPRESSED);
 }
 
 static void zero_sectors(struct run *r, uint64_t first, uint64_t count, unsigned flags)
@@ -225,16 +246,115 @@ static void resize(struct run *r, struct prng *prng)
     r->size_now = size;
 }
 
-static void open_disk(struct run *r, bool watched)
+/* What has come into sight, and more, gets clusters, or some of it does. */
+static void preallocate(struct run *r, struct prng *prng)
+{
+    AUTO(error_free) struct error *err = NULL;
+    uint64_t from = prng_below(prng, r->size_now);
+    uint64_t start = log_tick(&r->log);
+    int result = qcow2_co_preallocate(r->backend, from, r->size_now, &err);
+
+    if (result == 0)
+        log_flushed(&r->log, start);
+    else
+        check(result == -EOPNOTSUPP && r->plan->encrypted && r->plan->shape.version == 2);
+}
+
+/* ---- snapshots, while nobody writes ---- */
+
+static void keep_disk(struct run *r)
+{
+    AUTO(error_free) struct error *err = NULL;
+    struct kept *k = &r->kept[r->kept_count];
+    struct qcow2_snapshot_new how = {.name = k->name, .date_s = 1};
+    uint64_t start = log_tick(&r->log);
+    int result;
+
+    (void)snprintf(k->name, sizeof(k->name), "s%u", r->kept_count);
+    k->size = r->size_now;
+    k->data = xalloc(r->sectors, LOG_SECTOR);
+    check(read_at(r->backend, 0, k->size, k->data) == 0);
+    k->state = KEPT_COMES;
+    r->kept_count++;
+    result = qcow2_co_snapshot_create(r->backend, &how, &err);
+    check(result == 0 || (result == -EFBIG && r->plan->shape.refcount_order < 3));
+    k->state = result == 0 ? KEPT_THERE : KEPT_GONE;
+    if (result == 0)
+        log_flushed(&r->log, start);
+}
+
+static void drop_kept(struct run *r, struct kept *k)
+{
+    AUTO(error_free) struct error *err = NULL;
+
+    k->state = KEPT_GOES;
+    check(qcow2_co_snapshot_delete(r->backend, k->name, &err) == 0);
+    k->state = KEPT_GONE;
+}
+
+/* As if each sector were written anew; not where there are pieces of several values. */
+static void apply_kept(struct run *r, const struct kept *k)
+{
+    AUTO(error_free) struct error *err = NULL;
+    uint32_t *ops = xalloc(r->sectors, sizeof(*ops));
+    uint64_t ready = 0;
+    bool vm_state;
+    int result = -EFBIG;
+
+    while (ready < r->sectors && log_value(k->data + ready * LOG_SECTOR, ready) != LOG_ALIEN)
+        ready++;
+    if (ready == r->sectors) {
+        for (uint64_t i = 0; i < r->sectors; i++)
+            ops[i] = log_begin(&r->log, i, 1, log_value(k->data + i * LOG_SECTOR, i), false);
+        r->sizes[r->size_count++] = k->size;
+        result = qcow2_co_snapshot_apply(r->backend, k->name, &vm_state, &err);
+        check(result == 0 || (result == -EFBIG && r->plan->shape.refcount_order < 3));
+        for (uint64_t i = 0; i < r->sectors; i++)
+            log_end(&r->log, ops[i], true, result < 0);
+    }
+    if (result == 0)
+        r->size_now = k->size;
+    free(ops);
+}
+
+static void change_kept(struct run *r, struct prng *prng)
+{
+    struct kept *k = r->kept_count ? &r->kept[prng_below(prng, r->kept_count)] : NULL;
+
+    if (k && k->state == KEPT_THERE && prng_chance(prng, 300))
+        apply_kept(r, k);
+    if (k && k->state == KEPT_THERE && prng_chance(prng, 400))
+        drop_kept(r, k);
+    if (r->kept_count < KEPT_MAX)
+        keep_disk(r);
+}
+
+/* ---- the whole ---- */
+
+/* `options`: of the top, each with a comma behind it. */
+static void open_disk_with(struct run *r, bool watched, const char *options)
 {
     r->graph = graph_new(drivers);
+    if (r->plan->encrypted)
+        crypt_add_secrets(r->graph);
+    layer_options = ""; /* a run that was killed has left others */
     if (r->plan->has_base)
         add_layer(r->graph, "base", BASE, NULL, true);
+    layer_options = options;
     if (watched)
         add_watched_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL,
                           r->plan->shape.data_file ? "/disk/" DATA : NULL);
     else
-        add_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL, false);
+        add_layer(r->graph, "top", TOP, r->plan->has_base ? "base" : NULL,
+                  strstr(options, "'snapshot'"));
+    layer_options = "";
+}
+
+#define KEY "'encrypt':{'format':'luks','key-secret':'a'},"
+
+static void open_disk(struct run *r, bool watched)
+{
+    open_disk_with(r, watched, r->plan->encrypted ? KEY : "");
     r->backend = must_attach(r->graph, "top", ACCESS_RW, "writer");
 }
 
@@ -267,10 +387,14 @@ static void run_plan(void *arg)
     for (unsigned i = 0; i < r->plan->writers; i++)
         check(loop_thread_start(&r->threads[i], "io", &err) == 0);
     open_disk(r, true);
-    for (unsigned i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < (r->plan->keeps ? 3 : 2); i++) {
         round_of_writers(r, i);
+        if (r->plan->keeps)
+            change_kept(r, &prng);
         if (r->plan->resizes)
             resize(r, &prng);
+        if (r->plan->resizes && prng_chance(&prng, 300))
+            preallocate(r, &prng);
     }
     close_disk(r);
     for (unsigned i = 0; i < r->plan->writers; i++)
@@ -278,6 +402,51 @@ static void run_plan(void *arg)
 }
 
 /* ---- after the cut ---- */
+
+/* A snapshot through the driver. */
+static void look_at_kept(struct run *r, const struct kept *k)
+{
+    struct access access = {.wants = ACCESS_READ, .tolerates = ACCESS_ALL};
+    uint8_t *data = xalloc(r->sectors, LOG_SECTOR);
+    char options[200];
+
+    (void)snprintf(options, sizeof(options), "'snapshot':{'name':'%s'},%s", k->name,
+                   r->plan->encrypted ? KEY : "");
+    open_disk_with(r, false, options);
+    r->backend = must_attach(r->graph, "top", access, "reader");
+    check(backend_size(r->backend) == k->size);
+    check(read_at(r->backend, 0, k->size, data) == 0);
+    check(memcmp(data, k->data, k->size) == 0);
+    close_disk(r);
+    free(data);
+}
+
+/* What the image lists: all that are there, and no others. */
+static void look_at_all_kept(void *arg)
+{
+    struct run *r = arg;
+    struct qcow2_snapshot_seen seen;
+    size_t len;
+    uint8_t *bytes = image_load(r->disk, TOP, &len);
+    struct qcow2_file f = qcow2_file_in_memory(bytes, len);
+    unsigned number = 1;
+
+    for (unsigned i = 0; i < r->kept_count; i++) {
+        const struct kept *k = &r->kept[i];
+        bool found = k->state != KEPT_GONE && qcow2_see_snapshot(&f, number, &seen) == 0 &&
+                     strcmp(seen.name, k->name) == 0;
+
+        check(found || k->state != KEPT_THERE);
+        if (!found)
+            continue;
+        check(seen.disk_size == k->size);
+        look_at_kept(r, k);
+        number++;
+        counts->kept++;
+    }
+    check(qcow2_see_snapshot(&f, number, &seen) == -ENOENT);
+    free(bytes);
+}
 
 /* All that the disk shows, as one who opens it after the crash, reads it, and writes on. */
 static void look_and_write_on(void *arg)
@@ -299,9 +468,11 @@ static void look_and_write_on(void *arg)
         known |= r->sizes[i] == size;
     check(known);
     r->size_now = size;
-    image_read_guest(r->disk, paths, r->plan->has_base ? 2 : 1, 0, judged, size);
     check(read_at(r->backend, 0, size, data) == 0);
-    check(memcmp(data, judged, size) == 0);
+    if (!r->plan->encrypted) {
+        image_read_guest(r->disk, paths, r->plan->has_base ? 2 : 1, 0, judged, size);
+        check(memcmp(data, judged, size) == 0);
+    }
     log_check_survivors(&r->log, 0, size / LOG_SECTOR, data);
     for (uint64_t i = 0; i < size / LOG_SECTOR; i++) {
         const struct log_sector *s = &r->log.sectors[i];
@@ -352,13 +523,19 @@ static void run_begin(struct run *r, const struct plan *p)
     r->size_now = p->shape.size;
     r->sizes[r->size_count++] = r->size_now;
     log_init(&r->log, r->sectors);
-    image_make(r->disk, TOP, &p->shape);
+    if (p->encrypted)
+        crypt_put_qcow2(r->disk, TOP, "a", p->shape.version, p->shape.cluster_bits,
+                        p->shape.extended, p->shape.size);
+    else
+        image_make(r->disk, TOP, &p->shape);
     if (p->has_base)
         make_base(r->disk, p, &r->log);
 }
 
 static void run_end(struct run *r)
 {
+    for (unsigned i = 0; i < r->kept_count; i++)
+        free(r->kept[i].data);
     log_release(&r->log);
     r->disk = sim_disk_free(r->disk);
 }
@@ -370,6 +547,8 @@ static enum sim_end run_until(struct run *r, uint64_t kill_at_op)
 
 static void judge_crash(struct run *r, uint64_t cut_seed)
 {
+    /* What an operation on snapshots leaves when it is cut off (SNAP-2). */
+    enum leaks allowed = r->plan->keeps ? LEAKS_AND_COPIES_ALLOWED : LEAKS_ALLOWED;
     struct qcow2_verdict v;
 
     if (cut_seed) {
@@ -379,11 +558,13 @@ static void judge_crash(struct run *r, uint64_t cut_seed)
         /* The page cache lives, and what the process had not written yet is lost. */
         counts->kills++;
     }
-    image_judge(r->disk, TOP, LEAKS_ALLOWED, &v);
+    image_judge(r->disk, TOP, allowed, &v);
     counts->leaking += v.leaks > 0;
     counts->compressed += v.compressed_clusters > 0;
+    check(run_on(r->disk, r->plan->seed + 2, look_at_all_kept, r) == SIM_RETURNED);
     check(run_on(r->disk, r->plan->seed + 1, look_and_write_on, r) == SIM_RETURNED);
-    image_judge(r->disk, TOP, LEAKS_ALLOWED, &v);
+    check(run_on(r->disk, r->plan->seed + 3, look_at_all_kept, r) == SIM_RETURNED);
+    image_judge(r->disk, TOP, allowed, &v);
 }
 
 static void crash_at(const struct plan *p, uint64_t op, uint64_t cut_seed)
@@ -431,9 +612,9 @@ static void print_counts(void)
 {
     printf("# %" PRIu64 " power cuts, %" PRIu64 " of them beside a flush, and %" PRIu64
            " kills without one; %" PRIu64 " left leaks, %" PRIu64 " compressed clusters, %" PRIu64
-           " sectors lost a late value\n",
+           " sectors lost a late value, %" PRIu64 " snapshots\n",
            counts->cuts, counts->boundaries, counts->kills, counts->leaking, counts->compressed,
-           counts->lost);
+           counts->lost, counts->kept);
 }
 
 static void plan_random(struct plan *p, uint64_t seed)
@@ -486,6 +667,53 @@ static void test_qcow2_crash__while_the_size_changes(void **state)
         p.bounds = 16;
         if (seed % 3 && !p.shape.extended)
             p.shape.cluster_bits = 9; /* L1 grows only there */
+        in_child(crash_often, &p);
+    }
+    print_counts();
+}
+
+/* With an image that can have them. */
+static void plan_kept(struct plan *p, uint64_t seed)
+{
+    plan_random(p, seed);
+    p->keeps = true;
+    p->shape.data_file = NULL;
+    p->ops = 5;
+    p->bounds = 20;
+}
+
+/* Writers race for clusters that snapshots hold; the disk changes its size between them. */
+static void test_qcow2_crash__with_snapshots(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct plan p;
+
+        plan_kept(&p, seed);
+        p.resizes = seed % 2;
+        in_child(crash_often, &p);
+    }
+    print_counts();
+    assert_true(!seeds_enough(20) || counts->kept > 0);
+}
+
+static void test_qcow2_crash__encrypted(void **state)
+{
+    (void)state;
+    (void)crypt_header("a"); /* once for all children */
+    TEST_SEEDS (seed) {
+        struct plan p;
+
+        if (seeds_enough(20) && seed % 8 != 1)
+            continue; /* it takes long */
+        plan_kept(&p, seed);
+        p.encrypted = true;
+        p.bounds = 12;
+        p.keeps = seed % 3;
+        p.resizes = seed % 2;
+        p.shape.backing = NULL; /* none that the image names */
+        p.shape.allocated = 0;
+        p.shape.refcount_order = 4;
         in_child(crash_often, &p);
     }
     print_counts();

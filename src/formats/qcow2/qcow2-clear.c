@@ -155,8 +155,8 @@ static int co_fn clear_cluster(struct qcow2 *q, const struct request *req, struc
     if (c.becomes.entry == c.was.entry && c.becomes.bits == c.was.bits)
         return 0;
     r = set_cleared(q, s, cluster, &c);
-    /* What a snapshot holds as well stays. */
-    if (r == 0 && c.left && how != QCOW2_ZERO && c.was.entry & QCOW2_COPIED)
+    /* What a snapshot holds as well stays; and what decrypts to something else if it is gone (WRITE-4). */
+    if (r == 0 && c.left && how != QCOW2_ZERO && c.was.entry & QCOW2_COPIED && !q->crypt)
         r = leave(q, req, left, c.host + ((uint64_t)__builtin_ctzll(mask) << q->unit_bits),
                   (uint64_t)__builtin_popcountll(mask) << q->unit_bits);
     return r;

@@ -10,7 +10,7 @@
  *         that stays its guest cluster's without being mapped to, as it reads as zeroes or lies in a data file, is only touched
  *         after an epoch.
  * WRITE-4 Of an encrypted image nothing reads as zeroes because nothing was written there: where a place is new, all of the cluster is
- *         written, and the mapping waits for it.
+ *         written, and the mapping waits for it; what was written stays as long as it is somebody's place, discarded or not.
  */
 #include "base/alloc.h"
 #include "base/atomic.h"
