@@ -122,6 +122,22 @@ static inline uint8_t *image_load(struct sim_disk *disk, const char *path, size_
 /* The last: and COPIED flags that are not set where they might be. */
 enum leaks { NO_LEAKS, LEAKS_ALLOWED, LEAKS_AND_COPIES_ALLOWED };
 
+/*
+ * Some of the states that power cuts leave, for other judges: with CAIRN_CRASH_SAMPLES each fourth one in this program goes to a file
+ * in that directory.
+ */
+static inline void image_sample(const uint8_t *bytes, size_t len)
+{
+    static unsigned count;
+    const char *dir = getenv("CAIRN_CRASH_SAMPLES");
+    char path[1200];
+
+    if (!dir || count++ % 4)
+        return;
+    (void)snprintf(path, sizeof(path), "%s/%d-%u.qcow2", dir, (int)getpid(), count);
+    image_put(NULL, path, bytes, len);
+}
+
 /* The image is sound; prints why not, and aborts. */
 static inline void image_judge(struct sim_disk *disk, const char *path, enum leaks leaks,
                                struct qcow2_verdict *ret)
@@ -132,6 +148,8 @@ static inline void image_judge(struct sim_disk *disk, const char *path, enum lea
     int r = qcow2_check(&f, ret);
     unsigned errors = ret->errors;
 
+    if (leaks != NO_LEAKS)
+        image_sample(bytes, len);
     free(bytes);
     if (leaks == LEAKS_AND_COPIES_ALLOWED)
         errors -= ret->by_kind[QCOW2_ERROR_NOT_COPIED];
