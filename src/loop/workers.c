@@ -143,6 +143,7 @@ static int start_thread(struct worker_pool *p)
 
 int worker_submit(struct worker_pool *p, struct io_op *op)
 {
+    unsigned idle = 0;
     int r = 0;
 
     pthread_mutex_lock(&p->lock);
@@ -159,9 +160,12 @@ int worker_submit(struct worker_pool *p, struct io_op *op)
         p->queued++;
         *p->last = op;
         p->last = &op->next;
-        pthread_cond_signal(&p->more);
+        idle = p->idle;
     }
     pthread_mutex_unlock(&p->lock);
+    /* Now, or who wakes would wait for the lock. The pool is there as long as the operation is, which ends on this thread. */
+    if (idle)
+        pthread_cond_signal(&p->more);
     return r;
 }
 

@@ -14,8 +14,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #define SOURCES_MAX 256
+
+/* What is copied at a time unless -m says otherwise. */
+#define USUAL_WORKERS           8L
+#define COMPRESSING_WORKERS_MAX 128L
 
 /* Less is not worth a thread. */
 #define SMALL ((uint64_t)8 << 20)
@@ -43,7 +48,7 @@ struct convert {
     bool skip_broken_bitmaps;
     bool has_sparse;
     uint64_t sparse;
-    uint64_t workers;
+    uint64_t workers; /* 0: as many as is usual */
     uint64_t rate;
 
     struct create_options o;
@@ -152,6 +157,14 @@ static bool is_full(const struct image_layer *top)
     return strcmp(top->format, "raw") == 0 && top->disk_bytes >= top->file_size;
 }
 
+/* With compression, no processor shall wait for the next piece. */
+static unsigned usual_workers(const struct convert *c)
+{
+    long processors = c->compress ? sysconf(_SC_NPROCESSORS_ONLN) : 0;
+
+    return (unsigned)MIN(MAX(2 * processors, USUAL_WORKERS), COMPRESSING_WORKERS_MAX);
+}
+
 static int co_fn control_fn copy(struct convert *c, struct error **err)
 {
     struct image_copy_source *from = xnew_n(struct image_copy_source, c->count);
@@ -173,7 +186,7 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         .salvage = c->salvage,
         .compress = c->compress,
         .writethrough = c->target_cache.writethrough,
-        .workers = (unsigned)c->workers,
+        .workers = c->workers ? (unsigned)c->workers : usual_workers(c),
         .rate = c->rate,
         .progress = &progress,
     };
@@ -445,7 +458,6 @@ static int convert_run(int argc, char **argv, struct error **err)
     };
     struct convert c = {
         .format = "raw",
-        .workers = 8,
         .sparse = 4096,
         .target_cache.flags = IMAGE_NO_FLUSH,
     };

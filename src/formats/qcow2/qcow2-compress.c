@@ -5,8 +5,10 @@
  *
  * COMPRESS-1 What was decompressed last is kept, by its mapping. Who frees compressed bytes has it forgotten, and whoever was
  *            decompressing meanwhile does not keep it: the same mapping may soon mean something else.
+ * COMPRESS-2 Nothing of one cluster is left for the next one, also where the bytes are damaged: whoever decompresses begins anew.
  */
 #include "base/alloc.h"
+#include "base/checked.h"
 #include "base/macros.h"
 #include "formats/inflate.h"
 #include "formats/qcow2/qcow2.h"
@@ -18,6 +20,13 @@
 
 #include <zlib.h>
 #include <zstd.h>
+
+/* So much of a request is compressed by one call of another thread; a call costs as much as 20 KiB. */
+#define GROUP_BYTES (256 * KIB)
+#define GROUP_MAX   16
+
+/* What a context of zstd may keep between two uses: the image says how much it needs. */
+#define CODER_BYTES_MAX ((size_t)4 << 20)
 
 /* Deflate without a header, as the format has it. */
 #define DEFLATE_WINDOW (-12)
@@ -31,8 +40,56 @@ struct qcow2_plain {
 
 /* ---- the work of other threads ---- */
 
+/* Contexts of zstd: making one, and clearing its tables, takes longer than some clusters do. There is one for each thread at most. */
+struct qcow2_coder {
+    struct qcow2_coder *next;
+    ZSTD_CCtx *compressing; /* NULL: not used yet */
+    ZSTD_DCtx *decompressing;
+};
+
+static struct qcow2_coder *coder_take(struct qcow2 *q)
+{
+    struct qcow2_coder *k;
+
+    tiny_lock_acquire(&q->lock);
+    k = q->coders;
+    if (k)
+        q->coders = k->next;
+    tiny_lock_release(&q->lock);
+    return k ? k : try_new(struct qcow2_coder);
+}
+
+static void coder_free(struct qcow2_coder *k)
+{
+    ZSTD_freeCCtx(k->compressing);
+    ZSTD_freeDCtx(k->decompressing);
+    free(k);
+}
+
+static void coder_put(struct qcow2 *q, struct qcow2_coder *k)
+{
+    if (ZSTD_sizeof_CCtx(k->compressing) + ZSTD_sizeof_DCtx(k->decompressing) > CODER_BYTES_MAX) {
+        coder_free(k);
+        return;
+    }
+    tiny_lock_acquire(&q->lock);
+    k->next = q->coders;
+    q->coders = k;
+    tiny_lock_release(&q->lock);
+}
+
+void qcow2_coders_release(struct qcow2 *q)
+{
+    while (q->coders) {
+        struct qcow2_coder *k = q->coders;
+
+        q->coders = k->next;
+        coder_free(k);
+    }
+}
+
 struct coding {
-    unsigned type; /* enum qcow2_compression */
+    struct qcow2 *q;
     const uint8_t *in;
     size_t in_len;
     uint8_t *out;
@@ -47,26 +104,21 @@ static int inflate_all(struct coding *c)
     return n < 0 ? (int)n : (size_t)n == c->out_len ? 0 : -EIO;
 }
 
-static int unzstd_all(struct coding *c)
+static int unzstd_with(struct qcow2_coder *k, struct coding *c)
 {
-    ZSTD_DCtx *d = ZSTD_createDCtx();
     ZSTD_outBuffer out = {.dst = c->out, .size = c->out_len};
     ZSTD_inBuffer in = {.src = c->in, .size = c->in_len};
     size_t r = 1;
 
-    if (!d)
+    if (!k->decompressing)
+        k->decompressing = ZSTD_createDCtx();
+    if (!k->decompressing)
         return -ENOMEM;
+    /* COMPRESS-2 */
+    (void)ZSTD_DCtx_reset(k->decompressing, ZSTD_reset_session_only);
     while (out.pos < out.size && in.pos < in.size && !ZSTD_isError(r))
-        r = ZSTD_decompressStream(d, &out, &in);
-    ZSTD_freeDCtx(d);
+        r = ZSTD_decompressStream(k->decompressing, &out, &in);
     return !ZSTD_isError(r) && out.pos == out.size ? 0 : -EIO;
-}
-
-static void decompress(void *arg)
-{
-    struct coding *c = arg;
-
-    c->result = c->type == QCOW2_COMPRESSION_ZSTD ? unzstd_all(c) : inflate_all(c);
 }
 
 /* 1: it would not become smaller. */
@@ -86,21 +138,59 @@ static int deflate_all(struct coding *c)
     return r == Z_STREAM_END ? 0 : 1;
 }
 
-static int zstd_all(struct coding *c)
+/* The same. */
+static int zstd_with(struct qcow2_coder *k, struct coding *c)
 {
-    size_t n = ZSTD_compress(c->out, c->out_len, c->in, c->in_len, ZSTD_CLEVEL_DEFAULT);
+    size_t n;
 
+    if (!k->compressing)
+        k->compressing = ZSTD_createCCtx();
+    if (!k->compressing)
+        return -ENOMEM;
+    n = ZSTD_compressCCtx(k->compressing, c->out, c->out_len, c->in, c->in_len,
+                          ZSTD_CLEVEL_DEFAULT);
     if (ZSTD_isError(n))
         return 1;
     c->out_len = n;
     return 0;
 }
 
-static void compress_bytes(void *arg)
+static int with_coder(struct coding *c, int (*fn)(struct qcow2_coder *k, struct coding *c))
+{
+    struct qcow2_coder *k = coder_take(c->q);
+    int r;
+
+    if (!k)
+        return -ENOMEM;
+    r = fn(k, c);
+    coder_put(c->q, k);
+    return r;
+}
+
+static void decompress(void *arg)
 {
     struct coding *c = arg;
 
-    c->result = c->type == QCOW2_COMPRESSION_ZSTD ? zstd_all(c) : deflate_all(c);
+    c->result = c->q->compression_type == QCOW2_COMPRESSION_ZSTD ? with_coder(c, unzstd_with)
+                                                                 : inflate_all(c);
+}
+
+/* Several clusters, one after the other. */
+struct group {
+    struct coding codings[GROUP_MAX];
+    unsigned count;
+};
+
+static void compress_group(void *arg)
+{
+    struct group *g = arg;
+
+    for (unsigned i = 0; i < g->count; i++) {
+        struct coding *c = &g->codings[i];
+
+        c->result = c->q->compression_type == QCOW2_COMPRESSION_ZSTD ? with_coder(c, zstd_with)
+                                                                     : deflate_all(c);
+    }
 }
 
 /* ---- reading ---- */
@@ -166,8 +256,7 @@ static void plain_put(struct qcow2 *q, struct qcow2_plain *p)
 static int co_fn decompress_entry(struct qcow2 *q, const struct request *by, uint64_t entry,
                                   struct qcow2_plain *plain)
 {
-    struct coding c = {
-        .type = q->compression_type, .out = plain->bytes, .out_len = (size_t)qcow2_cluster_size(q)};
+    struct coding c = {.q = q, .out = plain->bytes, .out_len = (size_t)qcow2_cluster_size(q)};
     struct iobuf *b;
     uint64_t offset;
     uint64_t len;
@@ -228,11 +317,11 @@ int qcow2_co_read_encoded(struct node *node, struct request *req, uint64_t entry
 
 /* ---- writing ---- */
 
-/* One cluster, from byte `done` of the request on; what lies beyond the end of the disk is zeroes. */
-static struct iobuf *gather_cluster(const struct qcow2 *q, const struct request *req, uint64_t done,
-                                    uint64_t len)
+/* Whole clusters, from byte `done` of the request on; what lies beyond the end of the disk is zeroes. */
+static struct iobuf *gather_clusters(const struct qcow2 *q, const struct request *req,
+                                     uint64_t done, uint64_t len)
 {
-    size_t size = (size_t)qcow2_cluster_size(q);
+    size_t size = (size_t)align_up(len, qcow2_cluster_size(q));
     struct iobuf *b = iobuf_new(size);
 
     if (b) {
@@ -244,7 +333,7 @@ static struct iobuf *gather_cluster(const struct qcow2 *q, const struct request 
 
 /* The data is written, then the mapping is published (WRITE-2). */
 static int co_fn store(struct qcow2 *q, const struct request *req, uint64_t cluster,
-                       struct iobuf *b, size_t len)
+                       struct iobuf *b, size_t at, size_t len)
 {
     unsigned bits = (unsigned)QCOW2_COMPRESSED_OFFSET_BITS(q->cluster_bits);
     struct overlap_range range;
@@ -261,7 +350,7 @@ static int co_fn store(struct qcow2 *q, const struct request *req, uint64_t clus
         r = qcow2_alloc_packed(q, req, len, &host);
     edge_co_announce(q->file, EVENT_WRITE_COMPRESSED, req);
     if (r == 0)
-        r = qcow2_write_meta(q, req, host, b, 0, len);
+        r = qcow2_write_meta(q, req, host, b, at, len);
     if (r == 0) {
         sectors = (host + len - 1) / QCOW2_COMPRESSED_SECTOR - host / QCOW2_COMPRESSED_SECTOR;
         r = qcow2_replace(q, s, cluster,
@@ -273,24 +362,50 @@ static int co_fn store(struct qcow2 *q, const struct request *req, uint64_t clus
     return r;
 }
 
-/* 1: it does not become smaller, and is to be written as it is. */
-static int co_fn write_one(struct qcow2 *q, const struct request *req, uint64_t done, uint64_t len)
+/* What of a group does not become smaller is written as it is, in runs. The first cluster is at byte `done` of the request. */
+static int co_fn store_group(struct qcow2 *q, const struct request *req, uint64_t done,
+                             uint64_t len, const struct group *g, struct iobuf *out)
 {
-    struct iobuf *in = gather_cluster(q, req, done, len);
-    struct iobuf *out = iobuf_new((size_t)qcow2_cluster_size(q));
-    struct coding c = {.type = q->compression_type, .in_len = (size_t)qcow2_cluster_size(q)};
+    uint64_t size = qcow2_cluster_size(q);
+    unsigned end;
+    int r = 0;
+
+    for (unsigned i = 0; r == 0 && i < g->count; i = end) {
+        end = i + 1;
+        r = g->codings[i].result;
+        if (r == 0)
+            r = store(q, req, ((req->offset + done) >> q->cluster_bits) + i, out, i * (size_t)size,
+                      g->codings[i].out_len);
+        if (r != 1)
+            continue;
+        while (end < g->count && g->codings[end].result == 1)
+            end++;
+        r = qcow2_write_plain(q, req, done + i * size, done + MIN(end * size, len));
+    }
+    return r;
+}
+
+static int co_fn write_group(struct qcow2 *q, const struct request *req, uint64_t done,
+                             uint64_t len)
+{
+    size_t size = (size_t)qcow2_cluster_size(q);
+    struct iobuf *in = gather_clusters(q, req, done, len);
+    struct iobuf *out = iobuf_new((size_t)align_up(len, size));
+    struct group g = {.count = (unsigned)((len + size - 1) >> q->cluster_bits)};
     int r = in && out ? 0 : -ENOMEM;
 
-    if (r == 0) {
-        c.in = in->data;
-        c.out = out->data;
-        c.out_len = c.in_len - c.in_len / 32; /* else it saves nothing worth the time */
-        r = loop_co_compute(compress_bytes, &c);
-    }
+    for (unsigned i = 0; r == 0 && i < g.count; i++)
+        g.codings[i] = (struct coding){
+            .q = q,
+            .in = in->data + i * size,
+            .in_len = size,
+            .out = out->data + i * size,
+            .out_len = size - size / 32, /* else it saves nothing worth the time */
+        };
     if (r == 0)
-        r = c.result;
+        r = loop_co_compute(compress_group, &g);
     if (r == 0)
-        r = store(q, req, (req->offset + done) >> q->cluster_bits, out, c.out_len);
+        r = store_group(q, req, done, len, &g, out);
     iobuf_unref(out);
     iobuf_unref(in);
     return r;
@@ -307,19 +422,14 @@ static bool is_whole(const struct qcow2 *q, const struct request *req)
 
 int qcow2_write_compressed(struct qcow2 *q, struct request *req)
 {
-    uint64_t done = 0;
+    uint64_t group =
+        MIN(MAX(GROUP_BYTES, qcow2_cluster_size(q)), GROUP_MAX * qcow2_cluster_size(q));
     int r = 0;
 
     if (!is_whole(q, req))
         return -EINVAL;
-    while (r == 0 && done < req->len) {
-        uint64_t len = MIN(req->len - done, qcow2_cluster_size(q));
-
-        r = write_one(q, req, done, len);
-        if (r == 1)
-            r = qcow2_write_plain(q, req, done, done + len);
-        done += len;
-    }
+    for (uint64_t done = 0; r == 0 && done < req->len; done += group)
+        r = write_group(q, req, done, MIN(req->len - done, group));
     if (r == 0)
         qcow2_flush_if_full(q, req);
     return r;

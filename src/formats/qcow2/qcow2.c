@@ -294,6 +294,7 @@ static int co_fn control_fn open_tables(struct qcow2 *q, const struct request *b
 static void release(struct qcow2 *q)
 {
     free(q->plain);
+    qcow2_coders_release(q);
     qcow2_bitmaps_release(q);
     qcow2_map_release(q);
     qcow2_alloc_release(q);

@@ -183,6 +183,7 @@ struct qcow2 {
     /* Protected by lock. */
     struct qcow2_plain *plain; /* what was decompressed last (COMPRESS-1) */
     uint64_t plain_turn;
+    struct qcow2_coder *coders; /* that no thread uses now */
     uint64_t
         left_in_place;    /* times that a mapping left a place that stays its cluster's (WRITE-3) */
     uint64_t left_passed; /* readers from before so many of them are gone */
@@ -360,6 +361,7 @@ int qcow2_map_extended(struct qcow2 *q, const struct qcow2_slice *s, uint64_t of
 /* ---- qcow2-compress.c ---- */
 
 struct qcow2_plain;
+struct qcow2_coder;
 
 int co_fn qcow2_write_compressed(struct qcow2 *q, struct request *req);
 /* An L2 entry, or, of an encrypted image, where data lies. */
@@ -369,6 +371,7 @@ void qcow2_compressed_place(const struct qcow2 *q, uint64_t entry, uint64_t *ret
                             uint64_t *ret_len);
 /* Under qcow2.lock: compressed bytes are being freed. */
 void qcow2_plain_forget_locked(struct qcow2 *q);
+void qcow2_coders_release(struct qcow2 *q);
 
 /* ---- qcow2-refcount.c, all under alloc.lock ---- */
 
