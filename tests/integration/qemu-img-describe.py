@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from image_support import need_peer, run, tools, without_sizes  # pylint: disable=unused-import
+from image_support import need_peer, run, tools, u64, without_sizes  # pylint: disable=unused-import
 
 need_peer()
 
@@ -179,3 +179,14 @@ def test_references_are_followed_where_they_are_granted(tools):
     refused = tools.cairn("map", "a/top.qcow2", ok=(1,))
     assert "--allow" in refused.stderr
     tools.cairn("map", "--allow", "b", "a/top.qcow2")
+
+
+@pytest.mark.parametrize("extra, word", [(1 << 20, "damaged"), (1000, "cut")])
+def test_info_of_a_snapshot_table_that_makes_no_sense(tools, extra, word):
+    tools.peer("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    tools.peer("snapshot", "-c", "s", "a.qcow2")
+    path = tools.path("a.qcow2")
+    table = u64(path, 64)
+    os.truncate(path, table + 100)  # the entry is shorter
+    u64(path, table + 32, extra)  # 4 bytes of the machine's state, then 4 of the length of the extra data
+    assert f"the table of snapshots is {word} at entry 0" in tools.cairn("info", "a.qcow2", ok=(1,)).stderr

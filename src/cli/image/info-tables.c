@@ -8,6 +8,7 @@
 #include "base/macros.h"
 #include "cli/image/info-luks.h"
 #include "cli/image/tool.h"
+#include "formats/qcow2/qcow2-snapshot.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -67,7 +68,7 @@ static bool has_fixed(const struct table *t, size_t fixed)
     return range_within(t->at, fixed, t->len);
 }
 
-static json_t *text_of(const uint8_t *bytes, size_t len)
+static json_t *text_of(const void *bytes, size_t len)
 {
     AUTO(free_ptr) char *copy = xasprintf("%.*s", (int)len, (const char *)bytes);
 
@@ -76,24 +77,19 @@ static json_t *text_of(const uint8_t *bytes, size_t len)
 
 /* ---- snapshots ---- */
 
-static json_t *snapshot_json(const uint8_t *e, size_t extra)
+static json_t *snapshot_json(const struct qcow2_snapshot *s)
 {
-    size_t id_len = load_be16(e + 12);
-    const uint8_t *id = e + QCOW2_SNAPSHOT_LEN_MIN + extra;
-    uint64_t state = extra >= 8 ? load_be64(e + QCOW2_SNAPSHOT_LEN_MIN) : load_be32(e + 32);
-    uint64_t clock = load_be64(e + 24);
     json_t *o = json_object();
 
-    if (extra >= 24 && load_be64(e + QCOW2_SNAPSHOT_LEN_MIN + 16) != UINT64_MAX)
-        json_object_set_new(o, "icount",
-                            json_from_uint(load_be64(e + QCOW2_SNAPSHOT_LEN_MIN + 16)));
-    json_object_set_new(o, "vm-clock-nsec", json_from_uint(clock % NS_PER_S));
-    json_object_set_new(o, "name", text_of(id + id_len, load_be16(e + 14)));
-    json_object_set_new(o, "date-sec", json_from_uint(load_be32(e + 16)));
-    json_object_set_new(o, "date-nsec", json_from_uint(load_be32(e + 20)));
-    json_object_set_new(o, "vm-clock-sec", json_from_uint(clock / NS_PER_S));
-    json_object_set_new(o, "id", text_of(id, id_len));
-    json_object_set_new(o, "vm-state-size", json_from_uint(state));
+    if (s->has_icount && s->icount != UINT64_MAX)
+        json_object_set_new(o, "icount", json_from_uint(s->icount));
+    json_object_set_new(o, "vm-clock-nsec", json_from_uint(s->vm_clock_ns % NS_PER_S));
+    json_object_set_new(o, "name", text_of(s->name, s->name_len));
+    json_object_set_new(o, "date-sec", json_from_uint(s->date_s));
+    json_object_set_new(o, "date-nsec", json_from_uint(s->date_ns));
+    json_object_set_new(o, "vm-clock-sec", json_from_uint(s->vm_clock_ns / NS_PER_S));
+    json_object_set_new(o, "id", text_of(s->id, s->id_len));
+    json_object_set_new(o, "vm-state-size", json_from_uint(s->vm_state_size));
     return o;
 }
 
@@ -106,15 +102,15 @@ static int co_fn control_fn read_snapshots(struct info_tables *ret, struct graph
 
     ret->snapshots = json_array();
     for (uint32_t i = 0; r == 0 && i < h->snapshot_count; i++) {
-        const uint8_t *e = t.bytes + t.at;
-        size_t extra = has_fixed(&t, QCOW2_SNAPSHOT_LEN_MIN) ? load_be32(e + 36) : 0;
+        struct qcow2_snapshot s;
 
-        if (!has_fixed(&t, QCOW2_SNAPSHOT_LEN_MIN) ||
-            !next_entry(&t, QCOW2_SNAPSHOT_LEN_MIN, extra + load_be16(e + 12) + load_be16(e + 14)))
-            r = error_set(err, EINVAL, "'%s': the table of snapshots is cut at entry %" PRIu32,
-                          layer->filename, i);
+        r = qcow2_snapshot_parse(t.bytes, t.len, t.at, &s);
+        t.at = (size_t)align_up(t.at + s.len, 8);
+        if (r < 0)
+            r = error_set(err, EINVAL, "'%s': the table of snapshots is %s at entry %" PRIu32,
+                          layer->filename, r == -ERANGE ? "cut" : "damaged", i);
         else
-            json_array_append_new(ret->snapshots, snapshot_json(e, extra));
+            json_array_append_new(ret->snapshots, snapshot_json(&s));
     }
     free(t.bytes);
     return r;

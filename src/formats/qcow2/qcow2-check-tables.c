@@ -7,6 +7,7 @@
 #include "base/checked.h"
 #include "base/endian.h"
 #include "formats/qcow2/qcow2-check-internal.h"
+#include "formats/qcow2/qcow2-snapshot.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -14,14 +15,6 @@
 #include <string.h>
 
 /* ---- snapshots ---- */
-
-#define SNAPSHOT_L1_OFFSET 0
-#define SNAPSHOT_L1_SIZE   8
-#define SNAPSHOT_ID_LEN    12
-#define SNAPSHOT_NAME_LEN  14
-#define SNAPSHOT_EXTRA_LEN 36
-#define SNAPSHOT_EXTRA_MIN 16 /* in version 3 */
-#define SNAPSHOT_EXTRA_MAX 1024
 
 /* The table up to `len` bytes is in memory; -ERANGE if the file, or the format, has not so much. */
 static int co_fn need_snapshot_bytes(struct check *x, size_t len)
@@ -51,29 +44,22 @@ static int co_fn need_snapshot_bytes(struct check *x, size_t len)
 static int co_fn read_snapshot(struct check *x, size_t at, uint32_t number,
                                struct check_snapshot *ret)
 {
-    uint32_t extra;
-    const uint8_t *b;
-    size_t len;
-    int r = need_snapshot_bytes(x, at + QCOW2_SNAPSHOT_LEN_MIN);
+    struct qcow2_snapshot s;
+    int r;
 
+    while ((r = qcow2_snapshot_parse(x->snapshot_bytes, x->snapshot_len, at, &s)) == -ERANGE) {
+        r = need_snapshot_bytes(x, at + s.len);
+        if (r < 0)
+            return r == -ERANGE ? 0 : r;
+    }
     if (r < 0)
-        return r == -ERANGE ? 0 : r;
-    b = x->snapshot_bytes + at;
-    extra = load_be32(b + SNAPSHOT_EXTRA_LEN);
-    if (extra > SNAPSHOT_EXTRA_MAX)
         return 0;
-    len = QCOW2_SNAPSHOT_LEN_MIN + (size_t)extra + load_be16(b + SNAPSHOT_ID_LEN) +
-          load_be16(b + SNAPSHOT_NAME_LEN);
-    r = need_snapshot_bytes(x, at + len);
-    if (r < 0)
-        return r == -ERANGE ? 0 : r;
-    b = x->snapshot_bytes + at;
     *ret = (struct check_snapshot){
         .at = at,
-        .len = len,
-        .l1_offset = load_be64(b + SNAPSHOT_L1_OFFSET),
-        .l1_size = load_be32(b + SNAPSHOT_L1_SIZE),
-        .incomplete = x->h.version >= 3 && extra < SNAPSHOT_EXTRA_MIN,
+        .len = s.len,
+        .l1_offset = s.l1_offset,
+        .l1_size = s.l1_size,
+        .incomplete = x->h.version >= 3 && !s.has_disk_size,
     };
     if (ret->incomplete) {
         x->bad_snapshots = true;

@@ -122,8 +122,23 @@ enum qcow2_feature_type {
 #define QCOW2_REFCOUNT_TABLE_OFFSET_MASK   UINT64_C(0xfffffffffffffe00)
 #define QCOW2_REFCOUNT_TABLE_RESERVED_MASK UINT64_C(0x00000000000001ff)
 
-/* The snapshot table: a snapshot's entry has at least this length. */
-#define QCOW2_SNAPSHOT_LEN_MIN 40
+/* The snapshot table: the fixed part of an entry; extra data, the ID, the name and padding to a multiple of 8 follow it. */
+#define QCOW2_SNAPSHOT_LEN_MIN       40
+#define QCOW2_SNAPSHOT_L1_OFFSET     0
+#define QCOW2_SNAPSHOT_L1_SIZE       8
+#define QCOW2_SNAPSHOT_ID_LEN        12
+#define QCOW2_SNAPSHOT_NAME_LEN      14
+#define QCOW2_SNAPSHOT_DATE_S        16
+#define QCOW2_SNAPSHOT_DATE_NS       20
+#define QCOW2_SNAPSHOT_VM_CLOCK_NS   24
+#define QCOW2_SNAPSHOT_VM_STATE_SIZE 32
+#define QCOW2_SNAPSHOT_EXTRA_LEN     36
+/* In the extra data. */
+#define QCOW2_SNAPSHOT_EXTRA_VM_STATE_SIZE 0
+#define QCOW2_SNAPSHOT_EXTRA_DISK_SIZE     8
+#define QCOW2_SNAPSHOT_EXTRA_ICOUNT        16 /* instructions, all ones: not counted */
+#define QCOW2_SNAPSHOT_EXTRA_V3            16 /* that version 3 wants */
+#define QCOW2_SNAPSHOT_EXTRA_ALL           24 /* that we write */
 
 /* Limits: the format's where it has one, else QEMU's, so that each reads what the other wrote. */
 #define QCOW2_CLUSTER_BITS_MIN             9
@@ -133,6 +148,7 @@ enum qcow2_feature_type {
 #define QCOW2_REFCOUNT_TABLE_BYTES_MAX     (8 * MIB)
 #define QCOW2_SNAPSHOTS_MAX                65536
 #define QCOW2_SNAPSHOTS_BYTES_MAX          (64 * MIB)
+#define QCOW2_SNAPSHOT_EXTRA_MAX           1024
 #define QCOW2_BITMAPS_MAX                  65535
 #define QCOW2_BITMAPS_DIRECTORY_MAX        (64 * MIB)
 #define QCOW2_BACKING_FILE_MAX             1023

@@ -12,6 +12,7 @@
 #include "base/endian.h"
 #include "formats/qcow2/qcow2-bitmap-dir.h"
 #include "formats/qcow2/qcow2-check-internal.h"
+#include "formats/qcow2/qcow2-snapshot.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -392,28 +393,18 @@ static int co_fn move_data(struct check *x, uint64_t first_spare)
 
 /* ---- the snapshot table ---- */
 
-#define SNAPSHOT_VM_SIZE   32
-#define SNAPSHOT_EXTRA_LEN 36
-#define SNAPSHOT_EXTRA     16 /* size of the VM's state, size of the disk */
-
 /* What an entry becomes; its length, without padding. */
 static size_t mend_snapshot(const struct check *x, const struct check_snapshot *s, uint8_t *ret)
 {
-    const uint8_t *b = x->snapshot_bytes + s->at;
-    uint32_t extra = load_be32(b + SNAPSHOT_EXTRA_LEN);
-    size_t fixed = QCOW2_SNAPSHOT_LEN_MIN;
+    struct qcow2_snapshot entry;
 
     if (!s->incomplete) {
-        memcpy(ret, b, s->len);
+        memcpy(ret, x->snapshot_bytes + s->at, s->len);
         return s->len;
     }
-    memcpy(ret, b, fixed);
-    store_be32(ret + SNAPSHOT_EXTRA_LEN, SNAPSHOT_EXTRA);
-    store_be64(ret + fixed,
-               extra >= 8 ? load_be64(b + fixed) : (uint64_t)load_be32(b + SNAPSHOT_VM_SIZE));
-    store_be64(ret + fixed + 8, x->h.size);
-    memcpy(ret + fixed + SNAPSHOT_EXTRA, b + fixed + extra, s->len - fixed - extra);
-    return s->len - extra + SNAPSHOT_EXTRA;
+    /* It is one: check_snapshot says so. */
+    (void)qcow2_snapshot_parse(x->snapshot_bytes, x->snapshot_len, s->at, &entry);
+    return qcow2_snapshot_complete(x->snapshot_bytes, &entry, x->h.size, ret);
 }
 
 /* At least what the new table needs. */
@@ -423,7 +414,7 @@ static uint64_t snapshot_table_max(const struct check *x)
 
     for (uint32_t i = 0; i < x->snapshot_count; i++) {
         if (!x->snapshots[i].bad)
-            len += align_up(x->snapshots[i].len + SNAPSHOT_EXTRA, 8);
+            len += align_up(x->snapshots[i].len + QCOW2_SNAPSHOT_EXTRA_V3, 8);
     }
     return len;
 }

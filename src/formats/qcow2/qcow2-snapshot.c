@@ -30,60 +30,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* In an entry of the table. */
-#define AT_L1_OFFSET     0
-#define AT_L1_SIZE       8
-#define AT_ID_LEN        12
-#define AT_NAME_LEN      14
-#define AT_DATE_S        16
-#define AT_DATE_NS       20
-#define AT_VM_STATE_SIZE 32
-#define AT_EXTRA_LEN     36
-/* In the extra data. */
-#define AT_LARGE_VM_STATE_SIZE 0
-#define AT_DISK_SIZE           8
-#define EXTRA_LEN              24 /* that we write: the third is a count of instructions, 0 */
-#define EXTRA_MAX              1024
-#define ID_LEN_MAX             20 /* of a number */
-
+#define ID_LEN_MAX 20 /* of a number */
 #define READ_AHEAD ((size_t)64 << 10)
 #define MEMORY_MAX (4 * GIB) /* for counting */
 
 extern const struct driver qcow2_driver;
 
 /* ---- the snapshot table ---- */
-
-int qcow2_snapshot_parse(const uint8_t *table, size_t len, size_t at, struct qcow2_snapshot *ret)
-{
-    const uint8_t *e;
-    const uint8_t *extra;
-    uint32_t extra_len;
-
-    *ret = (struct qcow2_snapshot){.at = at, .len = QCOW2_SNAPSHOT_LEN_MIN};
-    if (!range_within(at, ret->len, len))
-        return -ERANGE; /* there may be no table yet */
-    e = table + at;
-    extra = e + QCOW2_SNAPSHOT_LEN_MIN;
-    extra_len = load_be32(e + AT_EXTRA_LEN);
-    if (extra_len > EXTRA_MAX)
-        return -EINVAL;
-    ret->id_len = load_be16(e + AT_ID_LEN);
-    ret->name_len = load_be16(e + AT_NAME_LEN);
-    ret->len += extra_len + ret->id_len + ret->name_len;
-    if (!range_within(at, ret->len, len))
-        return -ERANGE;
-    ret->l1_offset = load_be64(e + AT_L1_OFFSET);
-    ret->l1_size = load_be32(e + AT_L1_SIZE);
-    ret->id = (const char *)extra + extra_len;
-    ret->name = ret->id + ret->id_len;
-    ret->vm_state_size = load_be32(e + AT_VM_STATE_SIZE);
-    if (extra_len >= AT_LARGE_VM_STATE_SIZE + 8)
-        ret->vm_state_size = load_be64(extra + AT_LARGE_VM_STATE_SIZE);
-    ret->has_disk_size = extra_len >= AT_DISK_SIZE + 8;
-    if (ret->has_disk_size)
-        ret->disk_size = load_be64(extra + AT_DISK_SIZE);
-    return 0;
-}
 
 /* At least `len` bytes of the table are in memory. */
 static int co_fn need_table(struct snap *s, size_t len)
@@ -301,18 +254,18 @@ static uint8_t *make_entry(const struct snap *s, const struct qcow2_snapshot_new
     size_t name_len = strlen(how->name);
     uint8_t *e;
 
-    *ret_len = QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN + id_len + name_len;
+    *ret_len = QCOW2_SNAPSHOT_LEN_MIN + QCOW2_SNAPSHOT_EXTRA_ALL + id_len + name_len;
     e = xalloc(1, *ret_len);
-    store_be64(e + AT_L1_OFFSET, l1_offset);
-    store_be32(e + AT_L1_SIZE, s->q->map.l1_size);
-    store_be16(e + AT_ID_LEN, (uint16_t)id_len);
-    store_be16(e + AT_NAME_LEN, (uint16_t)name_len);
-    store_be32(e + AT_DATE_S, how->date_s);
-    store_be32(e + AT_DATE_NS, how->date_ns);
-    store_be32(e + AT_EXTRA_LEN, EXTRA_LEN);
-    store_be64(e + QCOW2_SNAPSHOT_LEN_MIN + AT_DISK_SIZE, node_size(s->q->node));
-    memcpy(e + QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN, id, id_len);
-    memcpy(e + QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN + id_len, how->name, name_len);
+    store_be64(e + QCOW2_SNAPSHOT_L1_OFFSET, l1_offset);
+    store_be32(e + QCOW2_SNAPSHOT_L1_SIZE, s->q->map.l1_size);
+    store_be16(e + QCOW2_SNAPSHOT_ID_LEN, (uint16_t)id_len);
+    store_be16(e + QCOW2_SNAPSHOT_NAME_LEN, (uint16_t)name_len);
+    store_be32(e + QCOW2_SNAPSHOT_DATE_S, how->date_s);
+    store_be32(e + QCOW2_SNAPSHOT_DATE_NS, how->date_ns);
+    store_be32(e + QCOW2_SNAPSHOT_EXTRA_LEN, QCOW2_SNAPSHOT_EXTRA_ALL);
+    store_be64(e + QCOW2_SNAPSHOT_LEN_MIN + QCOW2_SNAPSHOT_EXTRA_DISK_SIZE, node_size(s->q->node));
+    memcpy(e + QCOW2_SNAPSHOT_LEN_MIN + QCOW2_SNAPSHOT_EXTRA_ALL, id, id_len);
+    memcpy(e + QCOW2_SNAPSHOT_LEN_MIN + QCOW2_SNAPSHOT_EXTRA_ALL + id_len, how->name, name_len);
     return e;
 }
 
@@ -353,8 +306,8 @@ static int co_fn create_in(struct snap *s, const struct qcow2_snapshot_new *how,
 static int co_fn create_counted(struct snap *s, const struct qcow2_snapshot_new *how,
                                 const struct qcow2_counts *uses)
 {
-    uint64_t bytes = align_up(s->table_len, 8) + QCOW2_SNAPSHOT_LEN_MIN + EXTRA_LEN + ID_LEN_MAX +
-                     strlen(how->name);
+    uint64_t bytes = align_up(s->table_len, 8) + QCOW2_SNAPSHOT_LEN_MIN + QCOW2_SNAPSHOT_EXTRA_ALL +
+                     ID_LEN_MAX + strlen(how->name);
     struct new_tables t = {.l1.count = 0};
     int r;
 
@@ -457,40 +410,17 @@ static int co_fn delete_named(struct snap *s, const char *name)
 
 /* ---- upgrading ---- */
 
-static bool is_complete(const struct snap *s, const struct qcow2_snapshot *sn)
-{
-    return load_be32(s->table + sn->at + AT_EXTRA_LEN) >= AT_DISK_SIZE + 8;
-}
-
-/* The entry at `sn` with the extra data that version 3 wants, at `to`; its length. */
-static size_t complete_entry(const struct snap *s, const struct qcow2_snapshot *sn, uint8_t *to)
-{
-    const uint8_t *e = s->table + sn->at;
-    uint32_t extra_len = load_be32(e + AT_EXTRA_LEN);
-    size_t text = QCOW2_SNAPSHOT_LEN_MIN + extra_len;
-    uint32_t more = is_complete(s, sn) ? 0 : AT_DISK_SIZE + 8 - extra_len;
-
-    memcpy(to, e, text);
-    memcpy(to + text + more, e + text, sn->len - text);
-    if (more) {
-        store_be32(to + AT_EXTRA_LEN, AT_DISK_SIZE + 8);
-        store_be64(to + QCOW2_SNAPSHOT_LEN_MIN + AT_LARGE_VM_STATE_SIZE, sn->vm_state_size);
-        store_be64(to + QCOW2_SNAPSHOT_LEN_MIN + AT_DISK_SIZE,
-                   sn->has_disk_size ? sn->disk_size : node_size(s->q->node));
-    }
-    return sn->len + more;
-}
-
 int snap_complete_table(struct snap *s)
 {
-    AUTO(free_ptr) uint8_t *table = try_alloc(s->table_len + (size_t)s->count * EXTRA_LEN + 1, 1);
+    AUTO(free_ptr)
+    uint8_t *table = try_alloc(s->table_len + (size_t)s->count * QCOW2_SNAPSHOT_EXTRA_ALL + 1, 1);
     struct qcow2_extent row;
     bool complete = true;
     size_t len = 0;
     int r;
 
     for (uint32_t i = 0; i < s->count; i++)
-        complete &= is_complete(s, &s->v[i]);
+        complete &= s->v[i].has_disk_size;
     if (complete)
         return 0;
     if (!table)
@@ -499,7 +429,7 @@ int snap_complete_table(struct snap *s)
         size_t at = (size_t)align_up(len, 8);
 
         memset(table + len, 0, at - len);
-        len = at + complete_entry(s, &s->v[i], table + at);
+        len = at + qcow2_snapshot_complete(s->table, &s->v[i], node_size(s->q->node), table + at);
     }
     if (len > QCOW2_SNAPSHOTS_BYTES_MAX)
         return error_set(s->err, EFBIG, "the table of snapshots is full");

@@ -28,9 +28,14 @@ struct qcow2_snapshot {
     size_t id_len;
     const char *name; /* as the ID */
     size_t name_len;
+    uint32_t date_s; /* since 1970 */
+    uint32_t date_ns;
+    uint64_t vm_clock_ns;
     uint64_t vm_state_size;
-    bool has_disk_size;
+    bool has_disk_size; /* what version 3 wants */
     uint64_t disk_size;
+    bool has_icount;
+    uint64_t icount;
 };
 
 /*
@@ -38,6 +43,9 @@ struct qcow2_snapshot {
  * -EINVAL: it makes no sense. The places of its L1 table are not looked at (P6).
  */
 int qcow2_snapshot_parse(const uint8_t *table, size_t len, size_t at, struct qcow2_snapshot *ret);
+/* Into ret, up to QCOW2_SNAPSHOT_EXTRA_V3 bytes longer: with this size of the disk if it has none. Its length. */
+size_t qcow2_snapshot_complete(const uint8_t *table, const struct qcow2_snapshot *s,
+                               uint64_t disk_size, uint8_t *ret);
 
 struct qcow2;
 struct request;
