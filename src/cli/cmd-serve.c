@@ -5,11 +5,13 @@
  */
 #include "base/alloc.h"
 #include "base/json-text.h"
+#include "base/keyval.h"
 #include "base/macros.h"
 #include "cli/cli.h"
 #include "cli/layers.h"
 #include "cli/progress.h"
 #include "cli/session.h"
+#include "schema-types.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -23,11 +25,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#define TOP_NODE   "disk"
-#define START_MS   30000
-#define ALLOW_MAX  64
-#define NBD_SUFFIX ".nbd"
-#define QMP_SUFFIX ".qmp"
+#define TOP_NODE    "disk"
+#define START_MS    30000
+#define ALLOW_MAX   64
+#define SECRETS_MAX 64
+#define FORMATS     "raw, qcow2, luks, vdi, vhdx, vmdk or vpc"
+#define NBD_SUFFIX  ".nbd"
+#define QMP_SUFFIX  ".qmp"
 
 struct serve {
     const char *disk;
@@ -39,6 +43,10 @@ struct serve {
     bool json;
     const char *allowed[ALLOW_MAX];
     size_t allowed_count;
+    const char *objects[SECRETS_MAX];
+    size_t object_count;
+    const char *keys[SECRETS_MAX];
+    size_t key_count;
     struct layers layers;
 
     char **words; /* of the daemon's command line */
@@ -151,6 +159,12 @@ static void add_word(struct serve *s, char *word)
     s->words[s->word_count] = NULL;
 }
 
+static void add_words(struct serve *s, const char *option, const char *value)
+{
+    add_word(s, xstrdup(option));
+    add_word(s, xstrdup(value));
+}
+
 /* Takes the value; NULL if what is in it cannot be said in JSON. */
 static int add_option(struct serve *s, const char *option, json_t *value, struct error **err)
 {
@@ -170,6 +184,10 @@ static int make_command_line(struct serve *s, struct error **err)
     int r = 0;
 
     add_word(s, daemon_program());
+    for (size_t i = 0; i < s->allowed_count; i++)
+        add_words(s, "--allow", s->allowed[i]);
+    for (size_t i = 0; i < s->object_count; i++)
+        add_words(s, "--object", s->objects[i]);
     for (size_t i = s->layers.count; r == 0 && i-- > 0;)
         r = add_option(s, "--blockdev",
                        layers_definition(&s->layers, i, TOP_NODE, s->read_only, false), err);
@@ -324,6 +342,8 @@ static int prepare(struct serve *s, struct error **err)
     int r = layers_resolve(&s->layers, s->disk, s->format, s->read_only, s->allowed,
                            s->allowed_count, err);
 
+    if (r == 0)
+        r = layers_set_keys(&s->layers, s->keys, s->key_count, err);
     if (r < 0)
         return r;
     if (s->layers.v[0].probed && strcmp(s->layers.v[0].format, "raw") == 0 && !s->read_only)
@@ -339,6 +359,26 @@ static int prepare(struct serve *s, struct error **err)
     return r == 0 ? make_command_line(s, err) : r;
 }
 
+/* The daemon makes it. What it is told everybody on this host can see. */
+static int add_object(struct serve *s, const char *text, struct error **err)
+{
+    struct object_options o = {.id = NULL};
+    int r = keyval_in(&object_options_type, text, "qom-type", &o, err);
+
+    if (r == 0 && o.u.secret.data && !o.u.secret.keyid)
+        r = error_set(err, EINVAL,
+                      "secret '%s': everybody could see its `data` in the list of processes: give "
+                      "`file`",
+                      o.id);
+    schema_free(&object_options_type, &o);
+    if (r < 0)
+        return error_wrap(err, r, "--object");
+    if (s->object_count == SECRETS_MAX)
+        return cli_usage(err, "more than %d times --object", SECRETS_MAX);
+    s->objects[s->object_count++] = text;
+    return 0;
+}
+
 static int read_option(struct serve *s, int opt, struct error **err)
 {
     switch (opt) {
@@ -352,17 +392,24 @@ static int read_option(struct serve *s, int opt, struct error **err)
         s->qmp_path = xstrdup(optarg);
         return 0;
     case 'f':
-        if (strcmp(optarg, "raw") != 0 && strcmp(optarg, "qcow2") != 0)
-            return cli_usage(err, "--format %s: it is raw or qcow2", optarg);
+        if (!layers_format_known(optarg))
+            return cli_usage(err, "--format %s: it is " FORMATS, optarg);
         s->format = optarg;
         return 0;
     case 'j':
         s->json = true;
         return 0;
+    case 'k':
+        if (s->key_count == SECRETS_MAX)
+            return cli_usage(err, "more than %d times --key-secret", SECRETS_MAX);
+        s->keys[s->key_count++] = optarg;
+        return 0;
     case 'n':
         free(s->name);
         s->name = xstrdup(optarg);
         return 0;
+    case 'o':
+        return add_object(s, optarg, err);
     case 'r':
         s->read_only = true;
         return 0;
@@ -394,7 +441,9 @@ static int serve_run(int argc, char **argv, struct error **err)
         {"control", required_argument, NULL, 'c'},
         {"format", required_argument, NULL, 'f'},
         {"json", no_argument, NULL, 'j'},
+        {"key-secret", required_argument, NULL, 'k'},
         {"name", required_argument, NULL, 'n'},
+        {"object", required_argument, NULL, 'o'},
         {"read-only", no_argument, NULL, 'r'},
         {"socket", required_argument, NULL, 's'},
         {NULL, 0, NULL, 0},
@@ -429,15 +478,18 @@ const struct cli_command serve_command = {
         "Opens the image DISK with its chain of backing files and serves it over NBD on a Unix socket; a socket of\n"
         "the control protocol lies beside that. Prints where both are, and stays until it is interrupted.\n"
         "\n"
-        "The format is probed, as qemu-img does it. Backing files are opened if they are regular files in the\n"
-        "directory of the image that names them, or in or below a directory that --allow grants.\n"
+        "The format is probed, as qemu-img does it. What an image refers to is opened if it is a regular file in\n"
+        "the image's directory, or in or below a directory that --allow grants.\n"
         "\n"
         "      --socket PATH    the NBD socket; by default DISK's name and .nbd in the user's runtime directory\n"
         "      --control PATH   the control socket; by default as the NBD socket, with .qmp\n"
         "      --name NAME      the export's name; by default DISK's name without its suffix\n"
         "      --read-only      nobody may write\n"
-        "      --allow DIR      backing files may lie there; may be given several times\n"
-        "      --format FORMAT  raw or qcow2: DISK is not probed\n"
+        "      --allow DIR      what images refer to may lie there; may be given several times\n"
+        "      --format FORMAT  DISK is " FORMATS "; it is not probed\n"
+        "      --object secret,id=ID,file=PATH\n"
+        "                       a password, or a key: what the file holds\n"
+        "      --key-secret ID  the secret that opens the topmost encrypted image; given again: the next one below\n"
         "      --json           print where it is as JSON\n"
         "  -h, --help           say this and exit\n",
     .run = serve_run,

@@ -5,6 +5,7 @@
 #include "base/macros.h"
 #include "formats/list.h"
 #include "formats/qcow2/qcow2-header.h"
+#include "graph/driver.h"
 #include "graph/grants.h"
 #include "graph/graph.h"
 #include "loop/loop.h"
@@ -162,15 +163,34 @@ struct resolution {
     struct error *error;
 };
 
-static int known_format(const char *format, const char *path, const char **ret, struct error **err)
+static const struct driver *find_format(const char *name)
 {
-    if (strcmp(format, "raw") == 0)
-        *ret = "raw";
-    else if (strcmp(format, "qcow2") == 0)
-        *ret = "qcow2";
-    else
-        return error_set(err, ENOTSUP, "'%s' is of format '%s', and only raw and qcow2 are served",
+    for (size_t i = 0; format_drivers[i]; i++) {
+        if (strcmp(format_drivers[i]->name, name) == 0)
+            return format_drivers[i];
+    }
+    return NULL;
+}
+
+bool layers_format_known(const char *format)
+{
+    return find_format(format);
+}
+
+static int set_format(struct layer *layer, const char *format, const char *path, bool writes,
+                      struct error **err)
+{
+    const struct driver *driver = find_format(format);
+
+    if (!driver)
+        return error_set(err, ENOTSUP, "'%s' is of format '%s', which is not served", path, format);
+    if (driver->only_reads && writes)
+        return error_set(err, EROFS,
+                         "'%s' is of format '%s', which is never written: give "
+                         "--read-only",
                          path, format);
+    layer->format = driver->name;
+    layer->encrypted = strcmp(layer->format, "luks") == 0;
     return 0;
 }
 
@@ -179,12 +199,11 @@ static int add_layer(struct resolution *x, const char *path, const char *format,
 {
     struct layer layer = {.driver = image->driver, .probed = !format};
     struct layers *l = &x->layers;
-    int r = known_format(format ? format : layers_probe(path, image->bytes, image->len), path,
-                         &layer.format, err);
+    int r = set_format(&layer, format ? format : layers_probe(path, image->bytes, image->len), path,
+                       !x->read_only && l->count == 0, err);
 
     if (r < 0)
         return r;
-    assert(layer.format);
     for (size_t i = 0; i < l->count; i++) {
         if (x->seen[i].dev == image->dev && x->seen[i].ino == image->ino)
             return error_set(err, ELOOP, "'%s' names '%s' as its backing file, which is above it",
@@ -209,7 +228,7 @@ static int co_fn control_fn take_layer(struct resolution *x, char **path, char *
 {
     struct image image = {.bytes = NULL};
     struct qcow2_header header;
-    const struct layer *layer;
+    struct layer *layer;
     char *next = NULL;
     char *next_format = NULL;
     int r = image_read(*path, &image, err);
@@ -223,10 +242,7 @@ static int co_fn control_fn take_layer(struct resolution *x, char **path, char *
         if (r == 0) {
             r = qcow2_header_check_supported(&header, x->read_only || x->layers.count > 1, *path,
                                              err);
-            if (r == 0 && header.crypt_method != QCOW2_CRYPT_NONE)
-                r = error_set(err, ENOTSUP,
-                              "'%s' is encrypted: serve it with cairnd, --object and --blockdev",
-                              layer->path);
+            layer->encrypted = header.crypt_method != QCOW2_CRYPT_NONE;
             if (r == 0 && header.backing_file)
                 r = grants_co_check(x->graph, *path, header.backing_file, &next, err);
             if (r == 0 && header.backing_file && header.backing_format)
@@ -299,6 +315,40 @@ void layers_release(struct layers *l)
     *l = (struct layers){.v = NULL};
 }
 
+int layers_set_keys(struct layers *l, const char *const *ids, size_t count, struct error **err)
+{
+    size_t used = 0;
+
+    for (size_t i = 0; i < l->count; i++) {
+        struct layer *layer = &l->v[i];
+
+        if (!layer->encrypted)
+            continue;
+        if (!count)
+            return error_set(err, EINVAL,
+                             "'%s' is encrypted: give --object secret,id=ID,file=PATH and "
+                             "--key-secret ID",
+                             layer->path);
+        layer->key_secret = ids[MIN(used, count - 1)];
+        used++;
+    }
+    if (used < count)
+        return error_set(err, EINVAL, "--key-secret %s: %zu of the images %s encrypted", ids[used],
+                         used, used == 1 ? "is" : "are");
+    return 0;
+}
+
+/* Of the layer's node. */
+static void set_key(json_t *node, const struct layer *layer)
+{
+    if (strcmp(layer->format, "luks") == 0)
+        json_object_set_new(node, "key-secret", json_string(layer->key_secret));
+    else
+        json_object_set_new(
+            node, "encrypt",
+            json_pack("{s:s, s:s}", "format", "luks", "key-secret", layer->key_secret));
+}
+
 char *layers_node_name(const char *top, size_t i)
 {
     return i == 0 ? xstrdup(top) : xasprintf("%s-%zu", top, i);
@@ -329,6 +379,8 @@ json_t *layers_definition(const struct layers *l, size_t i, const char *top, boo
     }
     if (strcmp(layer->format, "qcow2") == 0)
         json_object_set_new(node, "backing", i + 1 < l->count ? json_string(below) : json_null());
+    if (layer->key_secret)
+        set_key(node, layer);
     json_object_set_new(node, "file", file);
     return node;
 }

@@ -10,25 +10,8 @@ import subprocess
 import pytest
 
 from conftest import PATIENCE, wait_until
-from tool_support import CLUSTER, MIB, SIZE, alive, content, program, pwrite, qemu_img, raw, stop, tool  # noqa: F401
-
-
-@pytest.fixture
-def serve(tool):
-    """serve(DISK, OPTION...): what the tool says of where it serves; ends all of them in order."""
-    processes = []
-
-    def starter(disk, *options):
-        processes.append(tool.start("serve", disk, "--json", *options))
-        line = processes[-1].stdout.readline()
-        assert line, processes[-1].stderr.read()
-        where = json.loads(line)
-        where["process"] = processes[-1]
-        return where
-
-    yield starter
-    for process in processes:
-        assert stop(process) == 0
+from tool_support import (CLUSTER, MIB, SIZE, alive, content, program, pwrite, qemu_img, raw, serve,  # noqa: F401
+                          stop, tool)
 
 
 # ---- how it is called ----
@@ -137,9 +120,9 @@ def test_formats_are_probed_as_qemu_img_does(tool, serve):
         assert quiet.communicate()[1] == ""
     qemu_img("create", "-f", "qcow2", tool.path("q.img"), "1M")
     assert serve("q.img", "--socket", "q.nbd")["format"] == "qcow2"
-    for fmt in ("vmdk", "vdi", "vhdx", "qed"):
+    for fmt, why in (("vmdk", "never written"), ("vdi", "never written"), ("vhdx", "never written"), ("qed", "not served")):
         qemu_img("create", "-f", fmt, tool.path("x"), "64M")
-        tool.refused(1, f"of format '{fmt}'", "serve", "x", "--socket", "x.nbd")
+        tool.refused(1, f"of format '{fmt}', which is {why}", "serve", "x", "--socket", "x.nbd")
         os.unlink(tool.path("x"))
     tool.refused(1, "neither a regular file", "serve", ".", "--socket", "x.nbd")
 

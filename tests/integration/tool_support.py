@@ -82,6 +82,24 @@ def stop(process, sig=signal.SIGTERM):
                 pipe.close()
 
 
+@pytest.fixture
+def serve(tool):
+    """serve(DISK, OPTION...): what the tool says of where it serves; ends all of them in order."""
+    processes = []
+
+    def starter(disk, *options):
+        processes.append(tool.start("serve", disk, "--json", *options))
+        line = processes[-1].stdout.readline()
+        assert line, processes[-1].stderr.read()
+        where = json.loads(line)
+        where["process"] = processes[-1]
+        return where
+
+    yield starter
+    for process in processes:
+        assert stop(process) == 0
+
+
 def alive(pid):
     """A process that is there and has not ended."""
     try:
