@@ -299,24 +299,13 @@ static int co_fn control_fn amend(struct graph *g, void *arg, struct error **err
     return r;
 }
 
-static void join_options(struct amend *x, const char *text)
-{
-    char *joined = x->options ? xasprintf("%s,%s", x->options, text) : xstrdup(text);
-
-    free(x->options);
-    x->options = joined;
-}
-
 enum { FORCE = TOOL_FIRST_FREE };
 
 static int read_option(struct amend *x, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        x->spec.format = optarg;
-        return 0;
     case 'o':
-        join_options(x, optarg);
+        tool_join_options(&x->options, optarg);
         return 0;
     case 't':
         return tool_read_cache(optarg, &x->cache, err);
@@ -329,17 +318,14 @@ static int read_option(struct amend *x, int opt, struct error **err)
     case FORCE:
         x->force = true;
         return 0;
-    case TOOL_IMAGE_OPTS:
-        x->spec.options = true;
-        return 0;
     default:
-        return opt;
+        return tool_image_option(&x->spec, opt);
     }
 }
 
 static int amend_with(struct amend *x, int argc, char **argv, struct error **err)
 {
-    int r = 0;
+    int r;
 
     if (!x->options)
         return cli_usage(err, "Must specify options (-o)");
@@ -351,16 +337,13 @@ static int amend_with(struct amend *x, int argc, char **argv, struct error **err
         print_options(x->spec.format ? x->spec.format : "qcow2");
         return 0;
     }
-    if (argc - optind != 1)
-        return cli_usage(err, "Expecting one image file name");
-    r = tool_check_format(&x->spec, err);
+    r = tool_only_image(&x->spec, argc, argv, err);
     if (r == 0)
         r = read_all(x, err);
     if (r == 0)
         r = check_together(x, err);
     if (r < 0)
         return r;
-    x->spec.name = argv[optind];
     x->spec.flags |= x->cache.flags;
     return tool_run(amend, x, err);
 }

@@ -159,20 +159,11 @@ static int read_more(struct bench *b, int opt, struct error **err)
     case 'q':
         b->quiet = true;
         return 0;
-    case 'U':
-        b->spec.flags |= IMAGE_SHARE;
-        return 0;
-    case 'f':
-        b->spec.format = optarg;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        b->spec.options = true;
-        return 0;
     case NO_DRAIN:
         b->no_drain = true;
         return 0;
     default:
-        return opt;
+        return tool_image_option(&b->spec, opt);
     }
 }
 
@@ -216,7 +207,7 @@ static int check(struct bench *b, struct error **err)
         return error_set(err, EINVAL, "-U and -w exclude each other");
     b->step = b->step ? b->step : b->size;
     b->spec.flags |= b->cache.flags | (b->writes ? (unsigned)IMAGE_WRITE : 0);
-    return tool_check_format(&b->spec, err);
+    return 0;
 }
 
 static int bench_run(int argc, char **argv, struct error **err)
@@ -236,13 +227,12 @@ static int bench_run(int argc, char **argv, struct error **err)
     while (r == 0 &&
            (opt = tool_next_option(argc, argv, "c:d:f:i:no:qs:S:t:wU", options, err)) != -1)
         r = read_option(&b, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
+    if (r == 0)
+        r = tool_only_image(&b.spec, argc, argv, err);
     if (r == 0)
         r = check(&b, err);
     if (r < 0)
         return r;
-    b.spec.name = argv[optind];
     cli_catch_signals();
     return tool_run(bench, &b, err);
 }

@@ -101,16 +101,10 @@ static int read_option(struct bitmap_command *x, int opt, struct error **err)
     case 'F':
         x->from.format = optarg;
         return 0;
-    case 'f':
-        x->spec.format = optarg;
-        return 0;
     case 'g':
         return tool_read_size("granularity", optarg, &x->granularity, err);
-    case TOOL_IMAGE_OPTS:
-        x->spec.options = true;
-        return 0;
     default:
-        return opt;
+        return tool_image_option(&x->spec, opt);
     }
     add_change(x, (enum image_bitmap_action)(opt - ADD));
     return 0;

@@ -117,26 +117,18 @@ static int read_repair(struct check_command *c, struct error **err)
 static int read_option(struct check_command *c, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        c->spec.format = optarg;
-        return 0;
     case 'r':
         return read_repair(c, err);
     case 'q':
         c->no_output = true;
         return 0;
-    case 'U':
-        c->spec.flags |= IMAGE_SHARE;
-        return 0;
     case 'T':
         return cli_usage(err, "-T: how the host caches does not matter to a check: leave it out");
     case TOOL_OUTPUT:
         return tool_read_output(optarg, &c->json, err);
-    case TOOL_IMAGE_OPTS:
-        c->spec.options = true;
-        return 0;
+    default:
+        return tool_image_option(&c->spec, opt);
     }
-    return opt;
 }
 
 static int read_options(struct check_command *c, int argc, char **argv, struct error **err)
@@ -155,12 +147,8 @@ static int read_options(struct check_command *c, int argc, char **argv, struct e
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "f:r:qUT:", options, err)) != -1)
         r = read_option(c, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
     if (r == 0)
-        r = tool_check_format(&c->spec, err);
-    if (r == 0)
-        c->spec.name = argv[optind];
+        r = tool_only_image(&c->spec, argc, argv, err);
     return r;
 }
 

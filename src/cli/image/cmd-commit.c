@@ -24,9 +24,6 @@ static int co_fn control_fn commit(struct graph *g, void *arg, struct error **er
 static int read_option(struct commit *x, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        x->how.spec.format = optarg;
-        return 0;
     case 't':
         return tool_read_cache(optarg, &x->cache, err);
     case 'b':
@@ -44,11 +41,8 @@ static int read_option(struct commit *x, int opt, struct error **err)
         return 0;
     case 'r':
         return tool_read_size("rate limit", optarg, &x->how.rate, err);
-    case TOOL_IMAGE_OPTS:
-        x->how.spec.options = true;
-        return 0;
     default:
-        return opt;
+        return tool_image_option(&x->how.spec, opt);
     }
 }
 
@@ -64,14 +58,11 @@ static int commit_run(int argc, char **argv, struct error **err)
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "f:t:b:dpqr:", options, err)) != -1)
         r = read_option(&x, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
     if (r == 0)
-        r = tool_check_format(&x.how.spec, err);
+        r = tool_only_image(&x.how.spec, argc, argv, err);
     if (r < 0)
         return r;
     x.how.progress = x.how.progress && !x.quiet;
-    x.how.spec.name = argv[optind];
     x.how.spec.flags |= x.cache.flags;
     x.how.writethrough = x.cache.writethrough;
     cli_catch_signals();

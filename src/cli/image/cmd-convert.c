@@ -339,14 +339,6 @@ static int check(struct convert *c, struct error **err)
     return r;
 }
 
-static void join_options(struct convert *c, const char *text)
-{
-    char *joined = c->options ? xasprintf("%s,%s", c->options, text) : xstrdup(text);
-
-    free(c->options);
-    c->options = joined;
-}
-
 enum { TARGET_OPTS = TOOL_FIRST_FREE, TARGET_ZERO, SALVAGE, BITMAPS, SKIP_BROKEN };
 
 static int refuse(int opt, struct error **err)
@@ -375,9 +367,6 @@ static int read_more(struct convert *c, int opt, struct error **err)
         return tool_read_cache(optarg, &c->target_cache, err);
     case 'T':
         return tool_read_cache(optarg, &c->source_cache, err);
-    case 'U':
-        c->source.flags |= IMAGE_SHARE;
-        return 0;
     case 'l':
         c->source.snapshot = optarg;
         return 0;
@@ -386,9 +375,6 @@ static int read_more(struct convert *c, int opt, struct error **err)
         return 0;
     case 'c':
         c->compress = true;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        c->source.options = true;
         return 0;
     case TARGET_OPTS:
         c->target_options = true;
@@ -406,16 +392,13 @@ static int read_more(struct convert *c, int opt, struct error **err)
         c->skip_broken_bitmaps = true;
         return 0;
     default:
-        return refuse(opt, err);
+        return tool_image_option(&c->source, opt) == 0 ? 0 : refuse(opt, err);
     }
 }
 
 static int read_option(struct convert *c, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        c->source.format = optarg;
-        return 0;
     case 'O':
         c->format = optarg;
         c->has_format = true;
@@ -427,7 +410,7 @@ static int read_option(struct convert *c, int opt, struct error **err)
         c->backing_format = optarg;
         return 0;
     case 'o':
-        join_options(c, optarg);
+        tool_join_options(&c->options, optarg);
         return 0;
     case 'n':
         c->no_create = true;

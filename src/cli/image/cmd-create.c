@@ -100,8 +100,6 @@ static int read_all(struct create *c, struct error **err)
 
 static int read_option(struct create *c, int opt, struct error **err)
 {
-    char *joined;
-
     switch (opt) {
     case 'f':
         c->format = optarg;
@@ -113,9 +111,7 @@ static int read_option(struct create *c, int opt, struct error **err)
         c->backing_format = optarg;
         return 0;
     case 'o':
-        joined = c->joined ? xasprintf("%s,%s", c->joined, optarg) : xstrdup(optarg);
-        free(c->joined);
-        c->joined = joined;
+        tool_join_options(&c->joined, optarg);
         return 0;
     case 'q':
         c->quiet = true;

@@ -134,20 +134,11 @@ static int read_operand(struct dd *d, const char *text, struct error **err)
 static int read_option(struct dd *d, int opt)
 {
     switch (opt) {
-    case 'f':
-        d->source.format = optarg;
-        return 0;
     case 'O':
         d->format = optarg;
         return 0;
-    case 'U':
-        d->source.flags |= IMAGE_SHARE;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        d->source.options = true;
-        return 0;
     default:
-        return opt;
+        return tool_image_option(&d->source, opt);
     }
 }
 

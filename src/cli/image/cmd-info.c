@@ -215,22 +215,13 @@ static int co_fn control_fn info(struct graph *g, void *arg, struct error **err)
 static int read_option(struct info *i, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        i->spec.format = optarg;
-        return 0;
-    case 'U':
-        i->spec.flags |= IMAGE_SHARE;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        i->spec.options = true;
-        return 0;
     case TOOL_OUTPUT:
         return tool_read_output(optarg, &i->json, err);
     case TOOL_FIRST_FREE:
         i->chain = true;
         return 0;
     default:
-        return opt;
+        return tool_image_option(&i->spec, opt);
     }
 }
 
@@ -250,13 +241,10 @@ static int info_run(int argc, char **argv, struct error **err)
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "f:U", options, err)) != -1)
         r = read_option(&i, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
     if (r == 0)
-        r = tool_check_format(&i.spec, err);
+        r = tool_only_image(&i.spec, argc, argv, err);
     if (r < 0)
         return r;
-    i.spec.name = argv[optind];
     i.spec.flags |= i.chain ? 0 : IMAGE_NO_BACKING;
     return tool_run(info, &i, err);
 }

@@ -300,24 +300,15 @@ static int co_fn control_fn map(struct graph *g, void *arg, struct error **err)
 static int read_option(struct map *m, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        m->spec.format = optarg;
-        return 0;
-    case 'U':
-        m->spec.flags |= IMAGE_SHARE;
-        return 0;
     case 's':
         return tool_read_size("start offset", optarg, &m->start, err);
     case 'l':
         m->has_max = true;
         return tool_read_size("max length", optarg, &m->max_len, err);
-    case TOOL_IMAGE_OPTS:
-        m->spec.options = true;
-        return 0;
     case TOOL_OUTPUT:
         return tool_read_output(optarg, &m->json, err);
     default:
-        return opt;
+        return tool_image_option(&m->spec, opt);
     }
 }
 
@@ -338,13 +329,10 @@ static int map_run(int argc, char **argv, struct error **err)
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "f:s:l:U", options, err)) != -1)
         r = read_option(&m, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
     if (r == 0)
-        r = tool_check_format(&m.spec, err);
+        r = tool_only_image(&m.spec, argc, argv, err);
     if (r < 0)
         return r;
-    m.spec.name = argv[optind];
     cli_catch_signals();
     return tool_run(map, &m, err);
 }

@@ -148,28 +148,15 @@ static int run(struct measure *m, struct error **err)
 
 static int read_option(struct measure *m, int opt, struct error **err)
 {
-    char *joined;
-
     switch (opt) {
-    case 'f':
-        m->spec.format = optarg;
-        return 0;
     case 'O':
         m->format = optarg;
         return 0;
     case 'o':
-        joined = m->options ? xasprintf("%s,%s", m->options, optarg) : xstrdup(optarg);
-        free(m->options);
-        m->options = joined;
+        tool_join_options(&m->options, optarg);
         return 0;
     case 'l':
         m->spec.snapshot = optarg;
-        return 0;
-    case 'U':
-        m->spec.flags |= IMAGE_SHARE;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        m->spec.options = true;
         return 0;
     case TOOL_OUTPUT:
         return tool_read_output(optarg, &m->json, err);
@@ -177,7 +164,7 @@ static int read_option(struct measure *m, int opt, struct error **err)
         m->has_size = true;
         return tool_read_size("image size", optarg, &m->size, err);
     default:
-        return opt;
+        return tool_image_option(&m->spec, opt);
     }
 }
 

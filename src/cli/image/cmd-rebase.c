@@ -263,9 +263,6 @@ static int co_fn control_fn rebase(struct graph *g, void *arg, struct error **er
 static int read_option(struct rebase *x, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        x->spec.format = optarg;
-        return 0;
     case 'b':
         x->backing = optarg;
         return 0;
@@ -291,11 +288,8 @@ static int read_option(struct rebase *x, int opt, struct error **err)
     case 'U':
         return error_set(err, ENOTSUP,
                          "-U: an image that is rebased cannot be shared with writers");
-    case TOOL_IMAGE_OPTS:
-        x->spec.options = true;
-        return 0;
     default:
-        return opt;
+        return tool_image_option(&x->spec, opt);
     }
 }
 
@@ -313,7 +307,7 @@ static int check(const struct rebase *x, struct error **err)
         return error_set(err, EINVAL, "Invalid format name: '%s'", x->format);
     if (x->compress && x->unsafe)
         return error_set(err, EINVAL, "-c has no effect with -u: nothing is written");
-    return tool_check_format(&x->spec, err);
+    return 0;
 }
 
 static int rebase_run(int argc, char **argv, struct error **err)
@@ -329,13 +323,12 @@ static int rebase_run(int argc, char **argv, struct error **err)
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "f:b:F:t:T:upqcU", options, err)) != -1)
         r = read_option(&x, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
+    if (r == 0)
+        r = tool_only_image(&x.spec, argc, argv, err);
     if (r == 0)
         r = check(&x, err);
     if (r < 0)
         return r;
-    x.spec.name = argv[optind];
     x.spec.flags |= x.cache.flags;
     if (x.unsafe)
         x.spec.flags |= IMAGE_HEADERS | IMAGE_NO_BACKING;

@@ -115,14 +115,8 @@ enum { PREALLOCATION = TOOL_FIRST_FREE, SHRINK };
 static int read_option(struct resize *x, int opt, struct error **err)
 {
     switch (opt) {
-    case 'f':
-        x->spec.format = optarg;
-        return 0;
     case 'q':
         x->quiet = true;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        x->spec.options = true;
         return 0;
     case PREALLOCATION:
         return preallocation_read(optarg, &x->preallocation, err);
@@ -130,7 +124,7 @@ static int read_option(struct resize *x, int opt, struct error **err)
         x->shrink = true;
         return 0;
     default:
-        return opt;
+        return tool_image_option(&x->spec, opt);
     }
 }
 

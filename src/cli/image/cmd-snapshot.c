@@ -117,20 +117,11 @@ static int read_option(struct snapshot *x, int opt, struct error **err)
         return choose(x, ACTION_APPLY, err);
     case 'd':
         return choose(x, ACTION_DELETE, err);
-    case 'f':
-        x->spec.format = optarg;
-        return 0;
     case 'q':
         x->quiet = true;
         return 0;
-    case 'U':
-        x->spec.flags |= IMAGE_SHARE;
-        return 0;
-    case TOOL_IMAGE_OPTS:
-        x->spec.options = true;
-        return 0;
     default:
-        return opt;
+        return tool_image_option(&x->spec, opt);
     }
 }
 
@@ -147,15 +138,12 @@ static int snapshot_run(int argc, char **argv, struct error **err)
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "la:c:d:f:qU", options, err)) != -1)
         r = read_option(&x, opt, err);
-    if (r == 0 && argc - optind != 1)
-        r = cli_usage(err, "Expecting one image file name");
     if (r == 0)
-        r = tool_check_format(&x.spec, err);
+        r = tool_only_image(&x.spec, argc, argv, err);
     if (r == 0 && x.action != ACTION_LIST && (x.spec.flags & IMAGE_SHARE))
         r = error_set(err, EINVAL, "-U (--force-share) can only be used with -l");
     if (r < 0)
         return r;
-    x.spec.name = argv[optind];
     x.spec.flags |= x.action == ACTION_LIST ? IMAGE_HEADERS : IMAGE_WRITE;
     return tool_run(snapshot, &x, err);
 }

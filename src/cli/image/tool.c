@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Options, progress and the loop of the image tools. */
 #include "cli/image/tool.h"
+#include "base/alloc.h"
 #include "base/atomic.h"
 #include "base/macros.h"
 #include "base/number.h"
@@ -15,6 +16,7 @@
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define LOOK_NS (100 * NS_PER_MS)
@@ -51,6 +53,31 @@ int tool_next_option(int argc, char **argv, const char *letters, const struct op
             return opt;
         }
     }
+}
+
+int tool_image_option(struct image_spec *spec, int opt)
+{
+    switch (opt) {
+    case 'f':
+        spec->format = optarg;
+        return 0;
+    case 'U':
+        spec->flags |= IMAGE_SHARE;
+        return 0;
+    case TOOL_IMAGE_OPTS:
+        spec->options = true;
+        return 0;
+    default:
+        return opt;
+    }
+}
+
+void tool_join_options(char **options, const char *text)
+{
+    char *joined = *options ? xasprintf("%s,%s", *options, text) : xstrdup(text);
+
+    free(*options);
+    *options = joined;
 }
 
 int tool_read_output(const char *text, bool *ret_json, struct error **err)
@@ -93,6 +120,14 @@ int tool_check_format(const struct image_spec *spec, struct error **err)
     if (spec->format && spec->options)
         return error_set(err, EINVAL, "--image-opts and --format are mutually exclusive");
     return 0;
+}
+
+int tool_only_image(struct image_spec *spec, int argc, char **argv, struct error **err)
+{
+    if (argc - optind != 1)
+        return cli_usage(err, "Expecting one image file name");
+    spec->name = argv[optind];
+    return tool_check_format(spec, err);
 }
 
 int tool_read_cache(const char *text, struct tool_cache *ret, struct error **err)

@@ -37,6 +37,10 @@ enum tool_option {
  */
 int tool_next_option(int argc, char **argv, const char *letters, const struct option *options,
                      struct error **err);
+/* Of the image that the tool is about: -f, -U and --image-opts. 0; another option is returned as it is. */
+int tool_image_option(struct image_spec *spec, int opt);
+/* One more of several -o, behind a comma; freed by the caller. */
+void tool_join_options(char **options, const char *text);
 /* --output. */
 int tool_read_output(const char *text, bool *ret_json, struct error **err);
 /* A size as the peer takes them; `what` is named in the error. -EINVAL. */
@@ -48,6 +52,8 @@ int tool_read_number(const char *what, const char *text, uint64_t min, uint64_t 
 int tool_read_bool(const char *what, const char *text, bool *ret, struct error **err);
 /* `format` and --image-opts exclude each other. */
 int tool_check_format(const struct image_spec *spec, struct error **err);
+/* After the options: the image is the only argument. As above. */
+int tool_only_image(struct image_spec *spec, int argc, char **argv, struct error **err);
 
 /* A cache mode: how a written image is treated. */
 struct tool_cache {

@@ -91,22 +91,13 @@ static int co_fn start(struct async *a)
     return 0;
 }
 
-/* What both commands have. 1: it is another option. */
-static int common_option(struct async *a, int opt)
+/* What both commands have. */
+static int common_option(struct async *a, const char *command, int opt)
 {
-    switch (opt) {
-    case 'C':
-        a->report.machine = true;
-        return 0;
-    case 'q':
-        a->report.quiet = true;
-        return 0;
-    case 'i':
-        a->invalid = true;
-        return 0;
-    default:
-        return 1;
-    }
+    if (opt != 'i')
+        return io_report_option(&a->report, command, opt);
+    a->invalid = true;
+    return 0;
 }
 
 static int read_range(struct async *a, int argc, char **argv)
@@ -124,15 +115,13 @@ static int aio_read_arguments(struct async *a, int argc, char **argv)
     int opt;
 
     while (r == 0 && (opt = getopt(argc, argv, "CiP:qv")) != -1) {
-        if (common_option(a, opt) == 0)
-            continue;
         if (opt == 'P') {
             a->check.has_pattern = true;
             r = io_read_pattern(optarg, &a->check.pattern);
         } else if (opt == 'v') {
             a->check.dump = true;
         } else {
-            r = io_wrong_usage(argv[0]);
+            r = common_option(a, argv[0], opt);
         }
     }
     if (r == 0 && optind > argc - 2)
@@ -176,8 +165,6 @@ static int aio_write_arguments(struct async *a, int argc, char **argv)
     int opt;
 
     while (r == 0 && (opt = getopt(argc, argv, "CfiP:quz")) != -1) {
-        if (common_option(a, opt) == 0)
-            continue;
         if (opt == 'P') {
             a->has_pattern = true;
             r = io_read_pattern(optarg, &a->pattern);
@@ -188,7 +175,7 @@ static int aio_write_arguments(struct async *a, int argc, char **argv)
         } else if (opt == 'z') {
             a->zeroes = true;
         } else {
-            r = io_wrong_usage(argv[0]);
+            r = common_option(a, argv[0], opt);
         }
     }
     if (r == 0 && optind > argc - 2)

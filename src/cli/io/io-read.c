@@ -62,16 +62,8 @@ struct reading {
 static int reading_option(struct reading *o, const char *name, int opt)
 {
     switch (opt) {
-    case 'C':
-        o->report.machine = true;
-        return 0;
-    case 'q':
-        o->report.quiet = true;
-        return 0;
     case 'v':
         o->check.dump = true;
-        return 0;
-    case 'p': /* the peer's has no meaning either */
         return 0;
     case 'P':
         o->check.has_pattern = true;
@@ -85,7 +77,7 @@ static int reading_option(struct reading *o, const char *name, int opt)
     case 'b':
         return io_say("read -b: the state of a machine is not read");
     default:
-        return io_wrong_usage(name);
+        return io_report_option(&o->report, name, opt);
     }
 }
 

@@ -67,6 +67,22 @@ void io_size_text(char *buf, size_t size, double bytes)
     (void)snprintf(buf, size, "%s %s", number, units[unit]);
 }
 
+int io_report_option(struct io_report *r, const char *command, int opt)
+{
+    switch (opt) {
+    case 'C':
+        r->machine = true;
+        return 0;
+    case 'q':
+        r->quiet = true;
+        return 0;
+    case 'p':
+        return 0;
+    default:
+        return io_wrong_usage(command);
+    }
+}
+
 uint64_t io_now_ns(void)
 {
     struct timespec now;

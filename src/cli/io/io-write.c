@@ -28,12 +28,6 @@ struct writing {
 static int writing_option(struct writing *o, const char *name, int opt)
 {
     switch (opt) {
-    case 'C':
-        o->report.machine = true;
-        return 0;
-    case 'q':
-        o->report.quiet = true;
-        return 0;
     case 'c':
         o->flags |= REQUEST_COMPRESSED;
         return 0;
@@ -49,8 +43,6 @@ static int writing_option(struct writing *o, const char *name, int opt)
     case 'z':
         o->zeroes = true;
         return 0;
-    case 'p': /* the peer's has no meaning either */
-        return 0;
     case 'P':
         o->has_pattern = true;
         return io_read_pattern(optarg, &o->pattern);
@@ -60,7 +52,7 @@ static int writing_option(struct writing *o, const char *name, int opt)
     case 'b':
         return io_say("write -b: the state of a machine is not written");
     default:
-        return io_wrong_usage(name);
+        return io_report_option(&o->report, name, opt);
     }
 }
 
@@ -226,17 +218,14 @@ int co_fn control_fn io_cmd_discard(struct io *io, int argc, char **argv)
 {
     struct io_report report = {.verb = "discard"};
     int opt;
-    int r;
+    int r = 0;
 
-    while ((opt = getopt(argc, argv, "Cq")) != -1) {
-        if (opt != 'C' && opt != 'q')
-            return io_wrong_usage(argv[0]);
-        report.machine |= opt == 'C';
-        report.quiet |= opt == 'q';
-    }
-    if (optind != argc - 2)
-        return io_wrong_usage(argv[0]);
-    r = io_read_size(argv[optind], &report.offset);
+    while (r == 0 && (opt = getopt(argc, argv, "Cq")) != -1)
+        r = io_report_option(&report, argv[0], opt);
+    if (r == 0 && optind != argc - 2)
+        r = io_wrong_usage(argv[0]);
+    if (r == 0)
+        r = io_read_size(argv[optind], &report.offset);
     if (r == 0)
         r = io_read_size(argv[optind + 1], &report.len);
     if (r < 0)

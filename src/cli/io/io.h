@@ -204,6 +204,8 @@ struct io_report {
     uint64_t begun_ns;
 };
 
+/* -C and -q, and -p, which has no meaning with the peer either; for another option the command's usage. 0 or -EINVAL. */
+int io_report_option(struct io_report *r, const char *command, int opt);
 uint64_t io_now_ns(void);
 /* Unless it is quiet. */
 void io_report_print(const struct io_report *r);
