@@ -354,8 +354,10 @@ static void co_fn watch_stop(void *arg)
     struct daemon *d = arg;
 
     for (unsigned i = 0; i < STOP_PATIENCE; i++) {
-        if (co_sleep_until(loop_clock() + d->options->change_deadline_ns) < 0)
-            return;
+        do {
+            if (co_sleep_until(loop_clock() + d->options->change_deadline_ns) < 0)
+                return;
+        } while (d->control->graph && graph_closing_gets_on(d->control->graph));
         log_warning("still stopping, %u of %u times the deadline", i + 1, STOP_PATIENCE);
         if (d->control->graph)
             graph_for_each_backend(d->control->graph, name_holder, NULL);

@@ -137,26 +137,57 @@ static void co_fn control_fn wait_a_moment(const struct node *node, uint64_t dea
     co_shield_end();
 }
 
-/* True: it is closed, but for its children. False: it is an orphan, and will see to itself. */
-static bool co_fn control_fn close_by(struct node *node, uint64_t deadline_ns)
+void node_closing_goes_on(struct node *node)
 {
-    struct graph *g = node->graph;
+    node->went_on_ns = loop_clock();
+    node->graph->closing_went_on_ns = node->went_on_ns;
+}
+
+bool graph_closing_gets_on(const struct graph *g)
+{
+    return g->closing_went_on_ns && g->closing_went_on_ns + g->change_deadline_ns > loop_clock();
+}
+
+/* A slow host is not one that hangs: each time that the driver gets somewhere the deadline begins anew. */
+static uint64_t closed_until(const struct node *node, uint64_t deadline_ns)
+{
+    return node->went_on_ns ? MAX(deadline_ns, node->went_on_ns + node->graph->change_deadline_ns)
+                            : deadline_ns;
+}
+
+static void co_fn control_fn wait_closed(struct node *node, uint64_t deadline_ns)
+{
+    uint64_t began = loop_clock();
     struct co_wait w;
 
-    wait_a_moment(node, deadline_ns);
-    if (node_unresolved(node)) {
-        make_orphan(node);
-        (void)co_scope_start(&g->closers, close_main, node); /* no memory: it stays, visibly */
-        return false;
-    }
     co_wait_init(&w, co_wait_leave);
     node->close_wait = &w;
-    if (co_scope_start(&g->closers, close_main, node) == 0) {
+    if (co_scope_start(&node->graph->closers, close_main, node) == 0) {
         co_shield_begin();
-        (void)co_wait(&w, deadline_ns); /* it may have ended just when the deadline did */
+        (void)co_wait(&w, deadline_ns);
+        /* It may have ended just when the deadline did. */
+        while (!node->closed && closed_until(node, deadline_ns) > loop_clock()) {
+            log_warning("node '%s' is being closed for %" PRIu64 " s now, and gets on: waiting",
+                        node->name, (loop_clock() - began) / NS_PER_S);
+            co_wait_init(&w, co_wait_leave);
+            (void)co_wait(&w, closed_until(node, deadline_ns));
+        }
         co_shield_end();
     }
     node->close_wait = NULL;
+}
+
+/* True: it is closed, but for its children. False: it is an orphan, and will see to itself. */
+static bool co_fn control_fn close_by(struct node *node, uint64_t deadline_ns)
+{
+    wait_a_moment(node, deadline_ns);
+    if (node_unresolved(node)) {
+        make_orphan(node);
+        /* no memory: it stays, visibly */
+        (void)co_scope_start(&node->graph->closers, close_main, node);
+        return false;
+    }
+    wait_closed(node, deadline_ns);
     if (!node->closed)
         make_orphan(node);
     return node->closed;
@@ -177,6 +208,7 @@ void node_co_unref(struct node *node)
     for (unused = node; (node = unused);) {
         unused = node->unused_next;
         if (close_by(node, deadline_ns)) {
+            deadline_ns = closed_until(node, deadline_ns); /* its file has to wait no less */
             drop_children(node, &unused);
             node_free(node);
         }

@@ -26,6 +26,7 @@ struct graph {
     struct node *names[GRAPH_NAME_BUCKETS];
     unsigned next_auto_name;
     uint64_t change_deadline_ns;
+    uint64_t closing_went_on_ns; /* when any node that is being closed last got somewhere */
     uint64_t chain_generations[CHAIN_REGION_SIZES]
                               [CHAIN_GENERATIONS]; /* atomic; of all chains (Q3) */
     uint64_t walks;                                /* begun so far */

@@ -67,6 +67,8 @@ void graph_for_each_node(struct graph *g, graph_node_fn *fn, void *arg);
 typedef void graph_orphan_fn(const struct node *node, uint64_t age_ns, unsigned unresolved,
                              void *arg);
 void graph_for_each_orphan(struct graph *g, graph_orphan_fn *fn, void *arg);
+/* Has a node that is being closed got somewhere within the deadline of a change (node_closing_goes_on())? */
+bool graph_closing_gets_on(const struct graph *g);
 /* Edges between nodes of one parent, in order. */
 typedef void graph_edge_fn(const struct node *parent, const struct edge *edge, struct access access,
                            void *arg);

@@ -64,8 +64,9 @@ struct node {
     bool abandoned;
     bool closed; /* but for its children */
     struct node *unused_next;
-    uint64_t orphan_ns; /* when it was cut off; 0: it is part of the graph */
-    struct list link;   /* in graph->nodes, oldest first */
+    uint64_t orphan_ns;  /* when it was cut off; 0: it is part of the graph */
+    uint64_t went_on_ns; /* when its driver last got somewhere while it closes; 0: never */
+    struct list link;    /* in graph->nodes, oldest first */
     struct node *name_next;
     unsigned refs;
     struct list owned; /* struct backend: those that it has for its own use (G2) */

@@ -94,6 +94,11 @@ void node_want_backing(struct node *node, const char *file, const char *format);
 /* For co_open: it is guarded from now on, once more (see struct guard_action). */
 void node_guard(struct node *node);
 /*
+ * For co_close, whenever it has got somewhere: another operation of the host has ended. Who waits for it waits on, for a change's
+ * deadline from now; without it the node is an orphan after that time (G7).
+ */
+void node_closing_goes_on(struct node *node);
+/*
  * For co_open of a format: opens the file that its image names for this child, as the node itself is opened, if grants allow it
  * (Q6), and attaches it.
  */

@@ -208,8 +208,10 @@ static void co_fn watch_end(void *arg)
     struct serving *s = arg;
 
     for (unsigned i = 0; i < STOP_PATIENCE; i++) {
-        if (co_sleep_until(loop_clock() + graph_change_deadline(s->graph)) < 0)
-            return;
+        do {
+            if (co_sleep_until(loop_clock() + graph_change_deadline(s->graph)) < 0)
+                return;
+        } while (graph_closing_gets_on(s->graph));
         log_warning("still stopping, %u of %u times the deadline", i + 1, STOP_PATIENCE);
     }
     log_warning("gave up stopping in order: what was not flushed may be lost");

@@ -39,15 +39,18 @@ int qcow2_bitmap_space_add_range(struct qcow2_bitmap_space *s, const struct qcow
     return r;
 }
 
-/* Those that `n` entries of a table point to. -EBADMSG: one of them makes no sense, or points to other metadata. */
-static int add_pointed(struct qcow2_bitmap_space *s, struct qcow2 *q, const uint8_t *table,
-                       size_t n)
+/*
+ * Those that `n` entries of a table point to, and its own. -EBADMSG: one of them makes no sense, or points to other metadata.
+ */
+static int add_table(struct qcow2_bitmap_space *s, struct qcow2 *q,
+                     const struct qcow2_bitmap_entry *e, const uint8_t *table)
 {
     uint64_t file_size = node_size(edge_node(q->file));
+    uint64_t len = (uint64_t)e->table_size * QCOW2_ENTRY_LEN;
     int r = 0;
 
-    for (size_t i = 0; r == 0 && i < n; i++) {
-        uint64_t entry = load_be64(table + i * QCOW2_ENTRY_LEN);
+    for (uint32_t i = 0; r == 0 && i < e->table_size; i++) {
+        uint64_t entry = load_be64(table + (size_t)i * QCOW2_ENTRY_LEN);
         uint64_t cluster = (entry & QCOW2_OFFSET_MASK) >> q->cluster_bits;
 
         if (qcow2_bitmap_table_problem(entry, q->cluster_bits, file_size) ||
@@ -56,41 +59,56 @@ static int add_pointed(struct qcow2_bitmap_space *s, struct qcow2 *q, const uint
         if (cluster)
             r = add_cluster(s, cluster);
     }
+    for (uint64_t at = 0; r == 0 && at < len; at += qcow2_cluster_size(q)) {
+        if (qcow2_guard_knows(q, (e->table_offset + at) >> q->cluster_bits))
+            return -EBADMSG;
+    }
+    return r == 0 ? qcow2_bitmap_space_add_range(s, q, e->table_offset, len) : r;
+}
+
+static int co_fn read_table(struct qcow2 *q, const struct request *by,
+                            const struct qcow2_bitmap_entry *e, struct iobuf *table)
+{
+    size_t len = (size_t)e->table_size * QCOW2_ENTRY_LEN;
+    int r = 0;
+
+    for (size_t at = 0; r == 0 && at < len; at += TABLE_PIECE)
+        r = qcow2_read_meta(q, by, e->table_offset + at, table, at, MIN(len - at, TABLE_PIECE));
     return r;
 }
 
 int qcow2_bitmap_space_add(struct qcow2_bitmap_space *s, struct qcow2 *q, const struct request *by,
-                           const struct qcow2_bitmap_entry *e)
+                           const struct qcow2_bitmap_entry *e, struct iobuf **ret_table)
 {
-    uint64_t len = (uint64_t)e->table_size * QCOW2_ENTRY_LEN;
     size_t before = s->count;
-    struct iobuf *b;
-    int r = 0;
+    struct iobuf *table;
+    int r;
 
+    *ret_table = NULL;
     if (qcow2_bitmap_entry_problem(e, node_size(q->node), q->cluster_bits,
                                    node_size(edge_node(q->file))))
         return 0;
-    b = iobuf_new(TABLE_PIECE);
-    if (!b)
+    table = iobuf_new((size_t)e->table_size * QCOW2_ENTRY_LEN);
+    if (!table)
         return -ENOMEM;
-    for (uint64_t at = 0; r == 0 && at < len; at += TABLE_PIECE) {
-        size_t n = (size_t)MIN(len - at, (uint64_t)TABLE_PIECE);
-
-        r = qcow2_read_meta(q, by, e->table_offset + at, b, 0, n);
-        if (r == 0)
-            r = add_pointed(s, q, b->data, n / QCOW2_ENTRY_LEN);
-    }
-    iobuf_unref(b);
-    for (uint64_t at = 0; r == 0 && at < len; at += qcow2_cluster_size(q)) {
-        if (qcow2_guard_knows(q, (e->table_offset + at) >> q->cluster_bits))
-            r = -EBADMSG;
-    }
+    r = read_table(q, by, e, table);
     if (r == 0)
-        r = qcow2_bitmap_space_add_range(s, q, e->table_offset, len);
-    if (r == -EBADMSG) {
-        s->count = before;
+        r = add_table(s, q, e, table->data);
+    if (r == 0) {
+        *ret_table = table;
         return 0;
     }
+    iobuf_unref(table);
+    s->count = before;
+    return r == -EBADMSG ? 0 : r;
+}
+
+int qcow2_bitmap_space_add_all(struct qcow2_bitmap_space *s, const struct qcow2_bitmap_space *more)
+{
+    int r = 0;
+
+    for (size_t i = 0; r == 0 && i < more->count; i++)
+        r = add_cluster(s, more->v[i]);
     return r;
 }
 
@@ -142,6 +160,24 @@ int qcow2_bitmap_space_settle(struct qcow2_bitmap_space *s, struct qcow2 *q,
     co_mutex_unlock(&q->alloc.lock);
     s->count = kept;
     return r;
+}
+
+bool qcow2_bitmap_space_has(const struct qcow2_bitmap_space *s, uint64_t cluster)
+{
+    return s->count && bsearch(&cluster, s->v, s->count, sizeof(*s->v), by_number);
+}
+
+void qcow2_bitmap_space_subtract(struct qcow2_bitmap_space *s, struct qcow2_bitmap_space *other)
+{
+    size_t kept = 0;
+
+    if (other->count)
+        qsort(other->v, other->count, sizeof(*other->v), by_number);
+    for (size_t i = 0; i < s->count; i++) {
+        if (!qcow2_bitmap_space_has(other, s->v[i]))
+            s->v[kept++] = s->v[i];
+    }
+    s->count = kept;
 }
 
 void qcow2_bitmap_space_give_back(struct qcow2_bitmap_space *s, struct qcow2 *q)

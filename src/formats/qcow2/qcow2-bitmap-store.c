@@ -9,7 +9,6 @@
 #include "base/endian.h"
 #include "base/log.h"
 #include "base/macros.h"
-#include "base/zeroes.h"
 #include "bitmaps/dirty-bitmap.h"
 #include "formats/qcow2/qcow2-bitmap.h"
 #include "formats/qcow2/qcow2-header-bitmaps.h"
@@ -20,30 +19,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PIECE ((size_t)256 << 10)
-
 /* A directory that is going to take the place of another one. */
 struct storing {
     struct qcow2 *q;
     const struct request *by;
     struct error **err;
 
-    struct qcow2_bitmap_space taken; /* clusters that are written */
-    struct qcow2_bitmap_space freed; /* that the old directory will have used */
+    struct qcow2_bitmap_writer w;
     uint8_t *directory;
     size_t len;
     size_t max;
     uint32_t count;
     uint64_t offset;
     struct qcow2_header_steps *steps;
-
-    struct iobuf *data; /* PIECE, or a cluster */
-};
-
-/* Bits on their way to clusters that follow each other. */
-struct data_run {
-    uint64_t offset; /* in the file */
-    uint64_t count;
 };
 
 /* What was done for a change that removes a bitmap, until it is committed or undone. */
@@ -63,26 +51,9 @@ static int failed(struct storing *s, int r, const char *what)
 
 static void storing_release(struct storing *s)
 {
-    qcow2_bitmap_space_release(&s->taken);
-    qcow2_bitmap_space_release(&s->freed);
-    iobuf_unref(s->data);
+    qcow2_bitmap_writer_release(&s->w);
     free(s->directory);
     free(s->steps);
-}
-
-/* Clusters in a row, for so many bytes. */
-static int co_fn take_row(struct storing *s, uint64_t bytes, struct qcow2_extent *ret)
-{
-    uint64_t count = align_up(bytes, qcow2_cluster_size(s->q)) >> s->q->cluster_bits;
-    int r = count == 1 ? qcow2_alloc_get(s->q, s->by, 1, ret)
-                       : qcow2_alloc_get_row(s->q, s->by, count, ret);
-
-    if (r < 0)
-        return r;
-    r = qcow2_bitmap_space_add_range(&s->taken, s->q, ret->host_offset, bytes);
-    if (r < 0)
-        qcow2_alloc_put(s->q, ret->host_offset, ret->count);
-    return r;
 }
 
 /* ---- the header ---- */
@@ -169,117 +140,6 @@ static int co_fn plan_steps(struct storing *s, const struct qcow2_bitmaps_place 
     return r;
 }
 
-/* ---- bits ---- */
-
-static int co_fn write_run(struct storing *s, struct data_run *run)
-{
-    size_t len = (size_t)(run->count << s->q->cluster_bits);
-
-    run->count = 0;
-    return len ? qcow2_write_meta(s->q, s->by, run->offset, s->data, 0, len) : 0;
-}
-
-/* A cluster of bits, which belongs to entry `index`. */
-static int co_fn store_cluster(struct storing *s, const struct bitmap *bits, uint64_t index,
-                               struct data_run *run, uint64_t *ret_entry)
-{
-    unsigned cluster_bits = s->q->cluster_bits;
-    size_t cluster = (size_t)qcow2_cluster_size(s->q);
-    struct qcow2_extent at;
-    int r = take_row(s, cluster, &at);
-
-    if (r < 0)
-        return r;
-    if (run->count && (at.host_offset != run->offset + (run->count << cluster_bits) ||
-                       (run->count + 1) << cluster_bits > s->data->size))
-        r = write_run(s, run);
-    if (r < 0)
-        return r;
-    if (!run->count)
-        run->offset = at.host_offset;
-    bitmap_read(bits, index << (cluster_bits + 3), s->data->data + (run->count << cluster_bits),
-                cluster);
-    run->count++;
-    *ret_entry = at.host_offset;
-    return 0;
-}
-
-/*
- * Fills a table of zeroes, and writes the bits that it points to. The cost follows what is dirty (P5). The last entry is never "all
- * ones" if it stands for more than the disk has: QEMU would set what lies beyond.
- */
-static int co_fn store_bits(struct storing *s, const struct bitmap *bits, uint8_t *table)
-{
-    uint64_t covers = bitmap_granularity(bits) << (s->q->cluster_bits + 3);
-    uint64_t size = bitmap_size(bits);
-    struct data_run run = {.count = 0};
-    uint64_t offset;
-    uint64_t len;
-    int r = 0;
-
-    for (uint64_t at = 0; bitmap_next_dirty(bits, at, size, &offset, &len);) {
-        uint64_t index = offset / covers;
-        uint64_t end = offset + len;
-        uint64_t entry = QCOW2_BITMAP_TABLE_ONES;
-
-        at = (index + 1) * covers;
-        if (offset > index * covers || end < at)
-            r = store_cluster(s, bits, index, &run, &entry);
-        if (r < 0)
-            break;
-        store_be64(table + index * QCOW2_ENTRY_LEN, entry);
-        for (; entry == QCOW2_BITMAP_TABLE_ONES && end - at >= covers; at += covers)
-            store_be64(table + at / covers * QCOW2_ENTRY_LEN, entry);
-    }
-    return r == 0 ? write_run(s, &run) : r;
-}
-
-/* Where space reads as zeroes, what is zero is not written. */
-static int co_fn write_sparse(struct storing *s, const struct qcow2_extent *at, struct iobuf *b,
-                              size_t len)
-{
-    size_t step = MIN(PIECE, (size_t)qcow2_cluster_size(s->q));
-    int r = 0;
-
-    for (size_t from = 0; r == 0 && from < len; from += step) {
-        size_t n = MIN(len - from, step);
-
-        if (!at->fresh || !is_all_zeroes(b->data + from, n))
-            r = qcow2_write_meta(s->q, s->by, at->host_offset + from, b, from, n);
-    }
-    return r;
-}
-
-/* Bits and table of one. */
-static int co_fn store_bitmap(struct storing *s, const struct bitmap *bits,
-                              struct qcow2_bitmap_entry *e)
-{
-    uint64_t size = bitmap_size(bits);
-    struct qcow2_extent at = {.count = 0};
-    struct iobuf *table;
-    size_t len;
-    int r;
-
-    e->granularity_bits = (uint8_t)__builtin_ctzll(bitmap_granularity(bits));
-    e->table_size = (uint32_t)MAX(
-        qcow2_bitmap_table_entries(size, e->granularity_bits, s->q->cluster_bits), (uint64_t)1);
-    if ((uint64_t)e->table_size << s->q->cluster_bits > QCOW2_BITMAP_BYTES_MAX)
-        return -EFBIG; /* the disk has grown */
-    len = (size_t)e->table_size * QCOW2_ENTRY_LEN;
-    table = iobuf_new(len);
-    if (!table)
-        return -ENOMEM;
-    memset(table->data, 0, len);
-    r = take_row(s, len, &at);
-    e->table_offset = at.host_offset;
-    if (r == 0)
-        r = store_bits(s, bits, table->data);
-    if (r == 0)
-        r = write_sparse(s, &at, table, len);
-    iobuf_unref(table);
-    return r;
-}
-
 /* ---- the directory ---- */
 
 static const struct qcow2_bitmap_entry *find_entry(const struct qcow2_bitmap_entry *v,
@@ -321,13 +181,13 @@ static int co_fn write_directory(struct storing *s)
         return 0;
     if (s->count > QCOW2_BITMAPS_MAX || s->len > QCOW2_BITMAPS_DIRECTORY_MAX)
         return -EFBIG;
-    r = take_row(s, s->len, &at);
+    r = qcow2_bitmap_take_row(&s->w, s->len, &at);
     s->offset = at.host_offset;
-    for (size_t from = 0; r == 0 && from < s->len; from += PIECE) {
-        size_t n = MIN(s->len - from, PIECE);
+    for (size_t from = 0; r == 0 && from < s->len; from += QCOW2_BITMAP_PIECE) {
+        size_t n = MIN(s->len - from, QCOW2_BITMAP_PIECE);
 
-        memcpy(s->data->data, s->directory + from, n);
-        r = qcow2_write_meta(s->q, s->by, at.host_offset + from, s->data, 0, n);
+        memcpy(s->w.data->data, s->directory + from, n);
+        r = qcow2_bitmap_write_bytes(&s->w, at.host_offset + from, s->w.data, 0, n);
     }
     return r;
 }
@@ -339,7 +199,9 @@ static int co_fn publish(struct storing *s)
     int r = write_directory(s);
 
     if (r == 0)
-        r = qcow2_bitmap_space_settle(&s->freed, s->q, s->by);
+        r = qcow2_bitmap_space_settle(&s->w.freed, s->q, s->by);
+    if (r == 0)
+        qcow2_bitmap_space_subtract(&s->w.freed, &s->w.stays);
     if (r == 0 && s->count)
         r = qcow2_sync(s->q, s->by);
     if (r < 0)
@@ -360,12 +222,6 @@ static void put_back_taken(struct qcow2_bitmap_space *taken, struct qcow2 *q)
         qcow2_bitmap_space_release(taken);
     else
         qcow2_bitmap_space_give_back(taken, q);
-}
-
-static int storing_begin(struct storing *s)
-{
-    s->data = iobuf_new(MAX(PIECE, (size_t)qcow2_cluster_size(s->q)));
-    return s->data ? 0 : -ENOMEM;
 }
 
 /* ---- closing ---- */
@@ -390,12 +246,8 @@ static int co_fn store_one(struct storing *s, struct dirty_bitmap *d,
         e.extra_len = old->extra_len;
         e.flags |= QCOW2_BITMAP_EXTRA_COMPATIBLE;
     }
-    r = store_bitmap(s, dirty_bitmap_bits_to_store(d), &e);
-    if (r == 0)
-        r = append_entry(s, &e);
-    if (r == 0 && old)
-        r = qcow2_bitmap_space_add(&s->freed, s->q, s->by, old);
-    return r;
+    r = qcow2_bitmap_write(&s->w, dirty_bitmap_bits_to_store(d), old, &e);
+    return r < 0 ? r : append_entry(s, &e);
 }
 
 /* Bitmaps come in the order of the directory, the new ones last: what was found for one is where the next one is looked for. */
@@ -423,12 +275,12 @@ static int co_fn store_anew(struct storing *s)
     const struct qcow2_bitmaps *b = s->q->bitmaps;
     struct qcow2_bitmap_entry *v = NULL;
     const char *problem = NULL;
-    int r = storing_begin(s);
+    int r = qcow2_bitmap_writer_init(&s->w, s->q, s->by);
 
     if (r == 0 && b->directory)
         r = qcow2_bitmap_entries(b->directory, b->len, b->count, &v, &problem);
     if (r == 0 && v)
-        r = qcow2_bitmap_space_add_range(&s->freed, s->q, b->offset, b->len);
+        r = qcow2_bitmap_space_add_range(&s->w.freed, s->q, b->offset, b->len);
     if (r == 0)
         r = store_all(s, v, v ? b->count : 0);
     else
@@ -446,9 +298,9 @@ int qcow2_bitmaps_co_store(struct qcow2 *q, const struct request *by, struct err
         return 0;
     r = store_anew(&s);
     if (r < 0) {
-        put_back_taken(&s.taken, q);
+        put_back_taken(&s.w.taken, q);
     } else {
-        qcow2_bitmap_space_give_back(&s.freed, q); /* STORED-4 */
+        qcow2_bitmap_space_give_back(&s.w.freed, q); /* STORED-4 */
         free(take(&q->bitmaps->directory));
     }
     storing_release(&s);
@@ -485,16 +337,18 @@ static int co_fn store_others(struct storing *s, const struct qcow2_bitmap_entry
                               const struct qcow2_bitmap_entry *gone)
 {
     const struct qcow2_bitmaps *b = s->q->bitmaps;
-    int r = qcow2_bitmap_space_add_range(&s->freed, s->q, b->offset, b->len);
+    struct iobuf *table = NULL;
+    int r = qcow2_bitmap_writer_init(&s->w, s->q, s->by);
 
+    if (r == 0)
+        r = qcow2_bitmap_space_add_range(&s->w.freed, s->q, b->offset, b->len);
     for (uint32_t i = 0; r == 0 && i < b->count; i++) {
         if (&v[i] != gone)
             r = append_entry(s, &v[i]);
     }
     if (r == 0)
-        r = qcow2_bitmap_space_add(&s->freed, s->q, s->by, gone);
-    if (r == 0)
-        r = storing_begin(s);
+        r = qcow2_bitmap_space_add(&s->w.freed, s->q, s->by, gone, &table);
+    iobuf_unref(table);
     return r < 0 ? failed(s, r, "write the directory of bitmaps") : publish(s);
 }
 
@@ -505,10 +359,10 @@ static void note_removal(struct storing *s, struct qcow2_bitmap_removal *gone, c
 
     gone->name = xstrdup(name);
     gone->before = *b;
-    gone->taken = s->taken;
-    gone->freed = s->freed;
+    gone->taken = s->w.taken;
+    gone->freed = s->w.freed;
     gone->steps = take(&s->steps);
-    s->taken = s->freed = (struct qcow2_bitmap_space){.v = NULL};
+    s->w.taken = s->w.freed = (struct qcow2_bitmap_space){.v = NULL};
     list_append(&b->removals, &gone->link);
     b->directory = s->count ? take(&s->directory) : NULL;
     b->len = s->len;
@@ -543,7 +397,7 @@ static int co_fn control_fn store_co_remove(struct node *node, struct pass *pass
     if (e && r == 0) {
         note_removal(&s, gone, name);
     } else {
-        put_back_taken(&s.taken, q);
+        put_back_taken(&s.w.taken, q);
         free(gone);
     }
     free(v);

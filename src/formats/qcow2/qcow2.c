@@ -25,6 +25,14 @@
 /* How often a metadata write looks whether the host has let go of the file. */
 #define LOOK_NS (5 * NS_PER_MS)
 
+/* Of the file, with result `r`. */
+static int ended(struct qcow2 *q, int r)
+{
+    if (unlikely(q->closing) && r == 0)
+        node_closing_goes_on(q->node);
+    return r;
+}
+
 static int co_fn meta_request(struct qcow2 *q, const struct request *by, enum request_kind kind,
                               uint64_t offset, struct iobuf *b, size_t at, size_t len)
 {
@@ -34,7 +42,7 @@ static int co_fn meta_request(struct qcow2 *q, const struct request *by, enum re
     req.iov = &iov;
     req.iov_count = 1;
     req.hold = b;
-    return edge_co_request(q->file, &req);
+    return ended(q, edge_co_request(q->file, &req));
 }
 
 int qcow2_read_meta(struct qcow2 *q, const struct request *by, uint64_t offset, struct iobuf *b,
@@ -78,7 +86,7 @@ int qcow2_sync_edge(struct qcow2 *q, struct edge *e, const struct request *by)
     int r;
 
     edge_co_announce(q->file, EVENT_FLUSH_TO_DISK, by);
-    r = edge_co_request(e, &req);
+    r = ended(q, edge_co_request(e, &req));
     if (unlikely(r < 0) && r != -ECANCELED && r != -ERESTART && r != -ETIMEDOUT)
         atomic_set(&q->sync_failed, true);
     return r;
@@ -356,6 +364,7 @@ static void co_fn control_fn qcow2_co_close(struct node *node)
     struct request by = {.kind = REQUEST_FLUSH, .pass = &pass};
     int r = 0;
 
+    q->closing = true;
     qcow2_mark_if_corrupt(q, &by);
     if (q->writable && !q->corrupt) {
         r = qcow2_co_flush(node, &by);

@@ -179,6 +179,7 @@ struct qcow2 {
     bool corrupt;      /* atomic: no request succeeds any more (CORRUPT-1) */
     bool marked;       /* atomic: the image says so, or is being told to */
     bool needs_reopen; /* atomic; D3: the header may say otherwise than we do: no more metadata */
+    bool closing;      /* set when nothing is in flight any more: what it does is watched (G7) */
 
     /* Protected by lock. */
     struct qcow2_plain *plain; /* what was decompressed last (COMPRESS-1) */
