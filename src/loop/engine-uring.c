@@ -205,6 +205,7 @@ static bool on_ring(const struct io_op *op)
     case IO_PUNCH:
     case IO_ZERO:
         return op->file->info.type != FILE_TYPE_BLOCK;
+    case IO_COPY:
     case IO_TRUNCATE:
     case IO_EXTENTS:
     case IO_STAT:

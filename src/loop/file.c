@@ -14,6 +14,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* The most that one system call is asked to copy: what is left of it cannot be called off. */
+#define COPY_STEP ((uint64_t)4 << 20)
+
 struct file *file_ref(struct file *f)
 {
     atomic_add(&f->refs, 1u);
@@ -280,6 +283,45 @@ int file_co_allocate(struct file *f, uint64_t offset, uint64_t len)
 int file_co_truncate(struct file *f, uint64_t size)
 {
     return range_op(f, IO_TRUNCATE, 0, size);
+}
+
+static bool means_not_between_these(int64_t r)
+{
+    return r == -EXDEV || r == -EINVAL || r == -EOPNOTSUPP || r == -ENOSYS;
+}
+
+/* One system call, which may copy less. */
+static int64_t co_fn copy_once(struct file *f, uint64_t offset, struct file *source,
+                               uint64_t source_offset, uint64_t len)
+{
+    struct io_op *op = file_op(f, IO_COPY);
+
+    if (!op)
+        return -ENOMEM;
+    op->offset = offset;
+    op->source = source;
+    op->source_offset = source_offset;
+    op->len = MIN(len, COPY_STEP);
+    return op_co_run(op, LOOP_FOREVER);
+}
+
+int64_t file_co_copy(struct file *f, uint64_t offset, struct file *source, uint64_t source_offset,
+                     uint64_t len)
+{
+    uint64_t done = 0;
+
+    if (f->info.type != FILE_TYPE_REGULAR || source->info.type != FILE_TYPE_REGULAR)
+        return -EXDEV;
+    while (done < len) {
+        int64_t n = copy_once(f, offset + done, source, source_offset + done, len - done);
+
+        if (n < 0)
+            return means_not_between_these(n) ? -EXDEV : n;
+        if (n == 0)
+            break;
+        done += (uint64_t)n;
+    }
+    return (int64_t)done;
 }
 
 int file_co_extents(struct file *f, uint64_t offset, uint64_t len, struct file_extent *ret,

@@ -98,6 +98,13 @@ int co_fn file_co_zero(struct file *f, uint64_t offset, uint64_t len);
 /* Allocates space for the range, growing the file when needed. */
 int co_fn file_co_allocate(struct file *f, uint64_t offset, uint64_t len);
 int co_fn file_co_truncate(struct file *f, uint64_t size);
+/*
+ * Copies from another file without the bytes passing through our memory, or moving at all where the file system can share them:
+ * the number of bytes, less than asked for only where the other file ends. -EXDEV where the host does not do that between these
+ * two files. After an error a first part may have been copied.
+ */
+int64_t co_fn file_co_copy(struct file *f, uint64_t offset, struct file *source,
+                           uint64_t source_offset, uint64_t len);
 
 struct file_extent {
     uint64_t offset;

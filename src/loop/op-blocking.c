@@ -174,6 +174,14 @@ static int64_t file_zero(const struct io_op *op)
     return ret_errno(r);
 }
 
+static int64_t file_copy(const struct io_op *op)
+{
+    off_t from = (off_t)op->source_offset;
+    off_t to = (off_t)op->offset;
+
+    return ret_errno(copy_file_range(op->source->fd, &from, op->file->fd, &to, (size_t)op->len, 0));
+}
+
 static int64_t file_extents(struct io_op *op)
 {
     const struct file *f = op->file;
@@ -285,6 +293,8 @@ int64_t op_blocking(struct io_op *op)
         return file_zero(op);
     case IO_ALLOCATE:
         return ret_errno(fallocate(f->fd, 0, (off_t)op->offset, (off_t)op->len));
+    case IO_COPY:
+        return file_copy(op);
     case IO_TRUNCATE:
         return ret_errno(ftruncate(f->fd, (off_t)op->len));
     case IO_EXTENTS:

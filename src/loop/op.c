@@ -49,6 +49,23 @@ void op_pool_release(struct loop *loop)
     }
 }
 
+/* A file that is worked on by an operation whose waiter has left. */
+static void hold_on(struct file *f)
+{
+    if (!f)
+        return;
+    file_ref(f);
+    atomic_add(&f->detached, 1u);
+}
+
+static void let_go(struct file *f)
+{
+    if (!f)
+        return;
+    atomic_sub(&f->detached, 1u);
+    file_unref(f);
+}
+
 void op_complete(struct io_op *op, int64_t result)
 {
     struct loop *loop = op->loop;
@@ -63,10 +80,8 @@ void op_complete(struct io_op *op, int64_t result)
         return;
     }
     op->hold = iobuf_unref(op->hold);
-    if (op->file) {
-        atomic_sub(&op->file->detached, 1u);
-        file_unref(op->file);
-    }
+    let_go(op->file);
+    let_go(op->source);
     op_free(op);
 }
 
@@ -81,10 +96,8 @@ static bool op_cancel(struct co_wait *w)
     op->detached = true; /* G8 */
     if (op->hold)
         iobuf_ref(op->hold);
-    if (op->file) {
-        file_ref(op->file);
-        atomic_add(&op->file->detached, 1u);
-    }
+    hold_on(op->file);
+    hold_on(op->source);
     op->loop->counters.detached_ops++;
     return true;
 }

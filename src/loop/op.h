@@ -20,6 +20,7 @@ enum io_op_kind {
     IO_PUNCH,
     IO_ZERO,
     IO_ALLOCATE,
+    IO_COPY,
     IO_TRUNCATE,
     IO_EXTENTS,
     IO_STAT,
@@ -59,6 +60,8 @@ struct io_op {
     struct file *file;
     struct socket *socket;
 
+    struct file *source;    /* IO_COPY: from here to `file` */
+    uint64_t source_offset; /* IO_COPY */
     uint64_t offset;
     uint64_t len;
     const struct iovec *iov; /* IO_READ, IO_WRITE, IO_RECV, IO_SEND */

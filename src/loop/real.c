@@ -218,7 +218,9 @@ static void worker_refused(struct loop_message *m)
 
 void real_submit_to_worker(struct io_op *op)
 {
-    int r = op->file ? worker_submit(op->file->workers, op) : worker_submit_elsewhere(op);
+    /* L1: a copy is of two files, and neither may take the other's workers. */
+    bool of_one_file = op->file && op->kind != IO_COPY;
+    int r = of_one_file ? worker_submit(op->file->workers, op) : worker_submit_elsewhere(op);
 
     if (r < 0) {
         op->message.fn = worker_refused;

@@ -21,7 +21,7 @@ struct worker_pool *worker_pool_free(struct worker_pool *p);
 int worker_submit(struct worker_pool *p, struct io_op *op);
 
 /*
- * As worker_submit(), for an operation without a file: on a thread for it alone, or, if it only computes and not for long, on one
+ * As worker_submit(), for an operation that is of no file, or of two: on a thread for it alone, or, if it only computes and not for long, on one
  * of a pool.
  */
 int worker_submit_elsewhere(struct io_op *op);

@@ -178,6 +178,21 @@ static void write_bytes(struct sim_file *sf, uint64_t offset, const struct iovec
     write_back(sf->inode);
 }
 
+/* `total` bytes, as far as faults let them. */
+static int64_t struck_write(struct sim_file *sf, uint64_t offset, const struct iovec *iov,
+                            size_t total, bool durable, const struct sim_strike *strike)
+{
+    if (strike->error) { /* nothing of it, or a part (G9) */
+        if (total && sim_chance(500))
+            write_bytes(sf, offset, iov, sim_between(0, total) / SECTOR * SECTOR, false);
+        return strike->error;
+    }
+    if (strike->cut_short)
+        total = cut_short(sf, total);
+    write_bytes(sf, offset, iov, total, durable);
+    return (int64_t)total;
+}
+
 static int64_t do_write(struct sim_file *sf, uint64_t offset, const struct iovec *iov, int count,
                         bool durable, const struct sim_strike *strike)
 {
@@ -193,15 +208,43 @@ static int64_t do_write(struct sim_file *sf, uint64_t offset, const struct iovec
             return total ? -ENOSPC : 0;
         total = MIN(total, inode->live.size - offset);
     }
-    if (strike->error) { /* nothing of it, or a part (G9) */
-        if (total && sim_chance(500))
-            write_bytes(sf, offset, iov, sim_between(0, total) / SECTOR * SECTOR, false);
-        return strike->error;
-    }
-    if (strike->cut_short)
-        total = cut_short(sf, total);
-    write_bytes(sf, offset, iov, total, durable);
-    return (int64_t)total;
+    return struck_write(sf, offset, iov, total, durable, strike);
+}
+
+/* As the kernel: within one file system, between regular files, and not within the same bytes. */
+static int64_t check_copy(const struct sim_io *io)
+{
+    const struct sim_inode *to = io->file->inode;
+    const struct sim_inode *from = io->source->inode;
+
+    if (!(io->file->flags & FILE_WRITE) || !(io->source->flags & FILE_READ))
+        return -EBADF;
+    if (to->setup.type != FILE_TYPE_REGULAR || from->setup.type != FILE_TYPE_REGULAR)
+        return -EINVAL;
+    if (to == from &&
+        ranges_overlap(io->op->offset, io->op->len, io->op->source_offset, io->op->len))
+        return -EINVAL;
+    if (to->setup.tmpfs != from->setup.tmpfs)
+        return -EXDEV;
+    return to->setup.no_copy || from->setup.no_copy ? -EOPNOTSUPP : 0;
+}
+
+static int64_t do_copy(const struct sim_io *io)
+{
+    const struct io_op *op = io->op;
+    const struct sim_store *from = &io->source->inode->live;
+    uint64_t len =
+        op->source_offset < from->size ? MIN(op->len, from->size - op->source_offset) : 0;
+    int64_t r = check_copy(io);
+    struct iovec iov;
+
+    if (r < 0 || !len)
+        return r;
+    iov = (struct iovec){xalloc(1, len), len};
+    store_read(from, op->source_offset, iov.iov_base, len);
+    r = struck_write(io->file, op->offset, &iov, len, false, &io->strike);
+    free(iov.iov_base);
+    return r;
 }
 
 static int64_t do_sync(const struct sim_io *io)
@@ -446,7 +489,7 @@ static int64_t perform(struct sim_io *io)
     struct io_op *op = io->op;
 
     check_memory(op);
-    if (io->strike.error && op->kind != IO_WRITE && op->kind != IO_CLOSE)
+    if (io->strike.error && op->kind != IO_WRITE && op->kind != IO_COPY && op->kind != IO_CLOSE)
         return io->strike.error;
     switch (op->kind) {
     case IO_READ:
@@ -461,6 +504,8 @@ static int64_t perform(struct sim_io *io)
         return do_range(io, CHANGE_ZERO);
     case IO_ALLOCATE:
         return do_range(io, CHANGE_ALLOCATE);
+    case IO_COPY:
+        return do_copy(io);
     case IO_TRUNCATE:
         return do_truncate(io);
     case IO_EXTENTS:
@@ -499,15 +544,29 @@ static int64_t perform(struct sim_io *io)
 static void finish(struct sim_io *io, int64_t result)
 {
     struct sim_file *sf = io->file;
+    struct sim_file *source = io->source;
 
     sim_io_finish(io, result);
     if (sf)
         file_op_ended(sf);
+    if (source)
+        file_op_ended(source);
 }
 
 static void file_effect(struct sim_io *io)
 {
     finish(io, perform(io));
+}
+
+/* What strikes a copy may be a fault of the file that it reads as well. */
+static void strike_source(struct sim_strike *strike, const char *path)
+{
+    struct sim_strike more = sim_strike(IO_COPY, path);
+
+    strike->error = strike->error ? strike->error : more.error;
+    strike->cut_short |= more.cut_short;
+    strike->hang |= more.hang;
+    strike->delay_ns += more.delay_ns;
 }
 
 void sim_file_submit(struct io_op *op)
@@ -517,11 +576,16 @@ void sim_file_submit(struct io_op *op)
 
     sim->disk->ops++;
     io->file = op->file ? op->file->sim : NULL;
+    io->source = op->source ? op->source->sim : NULL;
     if (io->file)
         io->file->in_flight++;
+    if (io->source)
+        io->source->in_flight++;
     io->mark = sim->disk->change_count;
     io->effect = file_effect;
     io->strike = sim_strike(op->kind, io->name);
+    if (op->source)
+        strike_source(&io->strike, op->source->path);
     io->hung = io->strike.hang;
     if (!io->hung)
         sim_io_at(io, sim->now_ns + io->strike.delay_ns +
@@ -554,8 +618,8 @@ void sim_file_cancel(struct sim_io *io)
 static bool outlives_process(enum io_op_kind kind)
 {
     return kind == IO_WRITE || kind == IO_SYNC || kind == IO_PUNCH || kind == IO_ZERO ||
-           kind == IO_ALLOCATE || kind == IO_TRUNCATE || kind == IO_RENAME || kind == IO_UNLINK ||
-           kind == IO_SYNC_DIR;
+           kind == IO_ALLOCATE || kind == IO_COPY || kind == IO_TRUNCATE || kind == IO_RENAME ||
+           kind == IO_UNLINK || kind == IO_SYNC_DIR;
 }
 
 void sim_file_settle(void)

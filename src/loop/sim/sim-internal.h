@@ -62,8 +62,9 @@ struct sim_io {
     int64_t result;
     /* Of the disk. */
     struct sim_file *file;
-    uint64_t mark; /* IO_SYNC: the newest change when it was submitted */
-    char *name;    /* for faults and reports */
+    struct sim_file *source; /* IO_COPY */
+    uint64_t mark;           /* IO_SYNC: the newest change when it was submitted */
+    char *name;              /* for faults and reports */
     /* The effect, at the time of the timer: finishes the io. NULL: something else will. */
     void (*effect)(struct sim_io *io);
 };

@@ -154,6 +154,7 @@ struct sim_file_setup {
     bool tmpfs;                  /* I/O is inline memory copies (L2); no alignment */
     bool read_only;              /* opening for writing fails with -EROFS */
     bool no_punch;               /* punch and zero fail with -EOPNOTSUPP */
+    bool no_copy;                /* copying to it, or from it, fails with -EOPNOTSUPP */
 };
 
 /* Makes a file, durable as its name is. Files that runs create are regular ones with alignment 512. */
