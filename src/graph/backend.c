@@ -134,8 +134,10 @@ static enum stats_kind stats_kind_of(enum request_kind kind)
     switch (kind) {
     case REQUEST_READ:
     case REQUEST_EXTENTS:
+    case REQUEST_COPY_OUT:
         return STATS_READ;
     case REQUEST_WRITE:
+    case REQUEST_COPY_IN:
     case REQUEST_WRITE_ZEROES:
     case REQUEST_RESIZE:
         return STATS_WRITE;

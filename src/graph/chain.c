@@ -349,6 +349,44 @@ int chain_co_read(struct node *top, struct request *req)
     return r;
 }
 
+/* Of what is there as it is; zeroes and what is encoded are no file's range. */
+static int co_fn copy_found(const struct found *f, struct request *req)
+{
+    switch (f->kind) {
+    case FOUND_DATA:
+        edge_co_announce(f->layer->file, EVENT_READ_AIO, req);
+        return range_within(f->host_offset, req->len, node_size(f->host->node))
+                   ? edge_co_request_at(f->host, req, f->host_offset)
+                   : -EOPNOTSUPP;
+    case FOUND_PLAIN:
+        return edge_co_request(f->via, req);
+    case FOUND_ENCODED:
+    case FOUND_ZERO:
+        break;
+    }
+    return -EOPNOTSUPP;
+}
+
+int chain_co_copy_out(struct node *top, struct request *req)
+{
+    uint64_t done = 0;
+    int r = 0;
+
+    while (r == 0 && done < req->len) {
+        struct request piece = *req;
+        struct found f;
+
+        r = find(top, req, req->offset + done, req->len - done, &f);
+        if (r < 0)
+            return r;
+        (void)request_slice(&piece, req, done, f.len, NULL, 0);
+        r = copy_found(&f, &piece);
+        done += f.len;
+        found_leave(&f);
+    }
+    return r;
+}
+
 /* A node without a map is asked for the extents of what it answers for; they come into the free part of the same array. */
 static int co_fn plain_extents(const struct found *f, const struct request *req, uint64_t offset,
                                struct extents *ret)

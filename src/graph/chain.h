@@ -25,6 +25,8 @@ void chain_all_changed(struct graph *g);
 
 /* Requests to a node whose driver has co_map: for the core, and for a format that reads what it shows. */
 int co_fn chain_co_read(struct node *top, struct request *req);
+/* The same for a copy by the host: -EOPNOTSUPP where a part of the range is not data as it is in some file. */
+int co_fn chain_co_copy_out(struct node *top, struct request *req);
 /* Adds an extent at least, from the start of the range; none if the array is full. */
 int co_fn chain_co_extents(struct node *top, struct request *req);
 

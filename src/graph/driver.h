@@ -4,7 +4,7 @@
  * alignment, and counts requests; a driver holds no such code. Drivers have no globals: two nodes never share state.
  *
  * An operation that is not set means pass-through to the first child for filters and "not supported" for the others, but for
- * these: no co_flush: nothing to flush; no co_extents: everything is data. Requests come from any loop, many at a time: state that they change is protected by co-locks.
+ * these: no co_flush: nothing to flush; no co_extents: everything is data; no co_copy_out, no co_copy_in: not supported. Requests come from any loop, many at a time: state that they change is protected by co-locks.
  */
 #ifndef CAIRN_GRAPH_DRIVER_H
 #define CAIRN_GRAPH_DRIVER_H
@@ -80,6 +80,12 @@ struct driver {
     int (*co_write)(struct node *node, struct request *req);
     int (*co_write_zeroes)(struct node *node, struct request *req);
     int (*co_discard)(struct node *node, struct request *req);
+    /*
+     * The two halves of a copy by the host (graph/offload.h): hands a range over, or on; takes one. Where a driver has none the
+     * range is read and written, filters too. Of formats with a map the core knows where a range lies.
+     */
+    int (*co_copy_out)(struct node *node, struct request *req);
+    int (*co_copy_in)(struct node *node, struct request *req);
     int (*co_flush)(struct node *node, struct request *req);
     /* Adds extents for a part of the range at least, from its start. */
     int (*co_extents)(struct node *node, struct request *req);

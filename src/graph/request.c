@@ -12,6 +12,7 @@
 #include "graph/chain.h"
 #include "graph/gate.h"
 #include "graph/node-internal.h"
+#include "graph/offload.h"
 #include "graph/request-internal.h"
 #include "graph/tracker.h"
 #include "graph/unended.h"
@@ -25,8 +26,9 @@
 
 const char *request_kind_name(enum request_kind kind)
 {
-    static const char *const names[REQUEST_KINDS] = {"read",  "write",   "write-zeroes", "discard",
-                                                     "flush", "extents", "resize"};
+    static const char *const names[REQUEST_KINDS] = {"read",    "write",    "write-zeroes",
+                                                     "discard", "flush",    "extents",
+                                                     "resize",  "copy-out", "copy-in"};
 
     return names[kind];
 }
@@ -49,6 +51,12 @@ uint64_t request_slice(struct request *piece, const struct request *whole, uint6
     uint64_t done = 0;
     int n = 0;
 
+    if (whole->offload) {
+        piece->offset = whole->offset + skip;
+        piece->other = whole->other + skip;
+        piece->len = len;
+        return len;
+    }
     for (int i = 0; i < whole->iov_count && n < max && done < len; i++) {
         const struct iovec *v = &whole->iov[i];
 
@@ -291,6 +299,37 @@ static int co_fn node_co_discard(struct node *node, const struct request *whole)
     return r == -EOPNOTSUPP ? 0 : r; /* a discard is a hint */
 }
 
+static int co_fn node_co_copy_out(struct node *node, struct request *req)
+{
+    if (!request_is_aligned(node, req))
+        return -EOPNOTSUPP;
+    if (node->driver->co_map)
+        return chain_co_copy_out(node, req);
+    return node->driver->co_copy_out ? node->driver->co_copy_out(node, req) : -EOPNOTSUPP;
+}
+
+static int co_fn node_co_copy_in(struct node *node, struct request *req)
+{
+    struct overlap_range range;
+    int r;
+
+    r = share_begin(node, &range, req);
+    if (r < 0)
+        return r;
+    r = node->driver->co_copy_in(node, req);
+    if (r == 0)
+        r = finish_fua(node, req);
+    share_end(node, &range);
+    return r;
+}
+
+/* Is it of no use to begin? Then nothing has changed, and nobody needs to be told. */
+static bool refuses_copy(const struct node *node, const struct request *req)
+{
+    return !node->driver->co_copy_in || !request_is_aligned(node, req) ||
+           node->settings.detect_zeroes || offload_comes_from(req->offload, node);
+}
+
 /* Asks the driver again until the range is covered or the list is full: many in one call. */
 static int co_fn node_co_extents(struct node *node, struct request *whole)
 {
@@ -380,6 +419,8 @@ static int co_fn change_untracked(struct node *node, struct request *req)
                                                      : node_co_write_detecting(node, req);
     if (req->kind == REQUEST_DISCARD)
         return node_co_discard(node, req);
+    if (req->kind == REQUEST_COPY_IN)
+        return node_co_copy_in(node, req);
     return req->len ? node_co_write_zeroes(node, req) : 0;
 }
 
@@ -460,6 +501,12 @@ static int co_fn node_co_request(struct node *node, struct request *req)
         if (unlikely(node->settings.read_only))
             return -EPERM;
         return node_co_change(node, req);
+    case REQUEST_COPY_OUT:
+        return node_co_copy_out(node, req);
+    case REQUEST_COPY_IN:
+        if (node->settings.read_only)
+            return -EPERM;
+        return refuses_copy(node, req) ? -EOPNOTSUPP : node_co_change(node, req);
     case REQUEST_FLUSH:
         return node_co_flush(node, req);
     case REQUEST_EXTENTS:

@@ -29,6 +29,9 @@ enum request_kind {
     REQUEST_FLUSH,
     REQUEST_EXTENTS,
     REQUEST_RESIZE, /* `offset` is the new size */
+    /* The two halves of a copy that the host does (graph/offload.h); -EOPNOTSUPP where that cannot be, or be aligned. */
+    REQUEST_COPY_OUT, /* as a read, but what is there goes to `other` of the target */
+    REQUEST_COPY_IN,  /* as a write; what is to be there lies at `other` of the source's file */
     REQUEST_KINDS,
 };
 
@@ -57,6 +60,8 @@ struct request {
     int iov_count;
     struct iobuf *hold;      /* pool memory that all of iov lies in, or NULL (G8) */
     struct extents *extents; /* REQUEST_EXTENTS */
+    struct offload *offload; /* of the two kinds of copies, which have no iov; else NULL */
+    uint64_t other;          /* of these: the offset where the other end is */
     struct pass *pass;       /* G1: that of the root request that this one is done for */
     struct pass_frame
         *frame; /* the core's: where the request is, or the one that this one is done for */
@@ -96,7 +101,7 @@ static inline int co_fn edge_co_request_at(struct edge *edge, const struct reque
 
 /*
  * Makes `piece`, a copy of `whole`, the part of it from byte `skip` on: at most `len` bytes in at most `max` vectors, which
- * `iov` holds. Returns its length.
+ * `iov` holds; of a copy, `len` bytes. Returns its length.
  */
 uint64_t request_slice(struct request *piece, const struct request *whole, uint64_t skip,
                        uint64_t len, struct iovec *iov, int max);

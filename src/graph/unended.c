@@ -10,6 +10,8 @@
 #include "graph/request.h"
 #include "graph/tracker.h"
 
+#include <errno.h>
+
 /* How often a waiter looks whether the host has let go. */
 #define LOOK_NS (20 * NS_PER_MS)
 
@@ -141,6 +143,8 @@ int unended_co_wait(struct node *node, struct request *req)
         forget_ended(node);
         if (!is_hit(&node->unended, first, end))
             break;
+        if (req->kind == REQUEST_COPY_IN)
+            return -EOPNOTSUPP; /* it would wait inside its source; a write waits as it should */
         r = co_park_until(req, loop_clock() + LOOK_NS); /* G6: it is no child that it waits for */
     }
     return r;

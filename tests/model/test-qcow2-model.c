@@ -12,10 +12,13 @@
  *       qcow2 3 --backing--> qcow2 2 --backing--> qcow2 1 --backing--> qcow2 0     1 to 4 layers of any shape
  *          |                    |                    |                    |
  *         file                 file                 file                 file
+ *
+ * Some writes, and some reads, are copies by the host from another file and to it (graph/offload.h).
  */
 #include "base/atomic.h"
 #include "base/checked.h"
 #include "formats/list.h"
+#include "graph/offload.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "seeds.h"
@@ -55,6 +58,8 @@ struct model {
 
     struct graph *graph;
     struct backend *backend;
+    struct backend *well; /* a raw disk; each byte belongs to the actor that owns it in the other */
+    char well_path[80];
     struct loop_thread *threads[LOOPS];
     uint64_t size; /* only touched by the one who changes it */
     uint8_t back[SIZE_MAX_];
@@ -105,6 +110,43 @@ static void write_random(struct model *m, struct prng *prng, unsigned flags, uin
     fill_random(prng, data, len);
     check(send_request(m->backend, REQUEST_WRITE, flags, offset, len, data) == 0);
     memcpy(m->flat + offset, data, len);
+    free(data);
+}
+
+/* How many copies of each direction the host has done; atomic. */
+static unsigned copied_in;
+static unsigned copied_out;
+
+static void copy_in(struct model *m, struct prng *prng, unsigned flags, uint64_t offset,
+                    uint64_t len)
+{
+    uint8_t *data = xalloc(1, len);
+    int r;
+
+    fill_random(prng, data, len);
+    check(write_at(m->well, offset, len, data) == 0);
+    r = backend_co_copy(m->well, offset, m->backend, offset, len, flags);
+    check(r == 0 || r == -EOPNOTSUPP);
+    if (r < 0)
+        r = send_request(m->backend, REQUEST_WRITE, flags, offset, len, data);
+    else
+        atomic_add(&copied_in, 1u);
+    check(r == 0);
+    memcpy(m->flat + offset, data, len);
+    free(data);
+}
+
+static void copy_out(struct model *m, uint64_t offset, uint64_t len)
+{
+    uint8_t *data = xalloc(1, len);
+    int r = backend_co_copy(m->backend, offset, m->well, offset, len, 0);
+
+    check(r == 0 || r == -EOPNOTSUPP);
+    if (r == 0) {
+        check(read_at(m->well, offset, len, data) == 0);
+        die_unequal(m, "copy", data, m->flat + offset, offset, len);
+        atomic_add(&copied_out, 1u);
+    }
     free(data);
 }
 
@@ -168,7 +210,7 @@ static void operate(struct model *m, struct prng *prng, uint64_t offset, uint64_
 {
     unsigned flags = prng_chance(prng, 150) ? REQUEST_FUA : 0;
 
-    switch (prng_below(prng, 11)) {
+    switch (prng_below(prng, 13)) {
     case 0:
     case 1:
     case 2:
@@ -187,6 +229,12 @@ static void operate(struct model *m, struct prng *prng, uint64_t offset, uint64_
     case 7:
         check(flush(m->backend) == 0);
         break;
+    case 8:
+        copy_in(m, prng, flags, offset, len);
+        break;
+    case 9:
+        copy_out(m, offset, len);
+        break;
     default:
         write_random(m, prng, flags, offset, len);
         break;
@@ -203,7 +251,7 @@ static void act(void *arg)
 
     if (!m->disk)
         sim_install_random_spins(m->seed * ACTORS + a->number + 1);
-    check(backend_attach(m->backend) == 0);
+    check(backend_attach(m->backend) == 0 && backend_attach(m->well) == 0);
     for (unsigned i = 0; i < OPS; i++) {
         const struct range *s = &m->stripes[prng_below(&a->prng, rounds) * ACTORS + a->number];
         uint64_t skip = prng_chance(&a->prng, 500) ? 0 : prng_below(&a->prng, s->len);
@@ -295,12 +343,15 @@ static void open_top(struct model *m, bool read_only)
     m->graph = graph_new(drivers);
     open_chain(m, 0, read_only);
     m->backend = must_attach(m->graph, "top", access, "actor");
+    add_or_die(m->graph, "{'driver':'file','node-name':'well','filename':'%s'}", m->well_path);
+    m->well = must_attach(m->graph, "well", ACCESS_RW, "actor");
     check(backend_size(m->backend) == m->size);
 }
 
 static void close_top(struct model *m)
 {
     m->backend = backend_co_free(m->backend);
+    m->well = backend_co_free(m->well);
     m->graph = graph_co_free(m->graph);
 }
 
@@ -415,6 +466,7 @@ static void run_model(void *arg)
 
     for (unsigned i = 0; i < LOOPS; i++)
         check(loop_thread_start(&m->threads[i], "io", &err) == 0);
+    image_put(m->disk, m->well_path, m->back, SIZE_MAX_);
     for (unsigned i = 0; i < m->layers; i++) {
         image_make(m->disk, m->paths[i], &m->shapes[i]);
         m->size = m->shapes[i].size;
@@ -444,6 +496,7 @@ static void plan_model(struct model *m)
             m->shapes[i].allocated = size >> m->shapes[i].cluster_bits;
         (void)snprintf(m->paths[i], sizeof(m->paths[i]), "%s/l%u.qcow2", m->dir, i);
     }
+    (void)snprintf(m->well_path, sizeof(m->well_path), "%s/well", m->dir);
     for (unsigned i = 1; i < m->layers; i++)
         m->shapes[i].backing = m->paths[i - 1];
     m->options = "";
@@ -468,6 +521,8 @@ static void test_qcow2_model__under_sim(void **state)
         assert_int_equal(run_on(m.disk, seed, run_model, &m), SIM_RETURNED);
         sim_disk_free(m.disk);
     }
+    printf("# %u copies to the image, %u from it\n", copied_in, copied_out);
+    assert_true(!seeds_enough(50) || (copied_in > 50 && copied_out > 50));
 }
 
 static void on_real_threads(enum loop_engine engine, const char *where)
@@ -486,6 +541,7 @@ static void on_real_threads(enum loop_engine engine, const char *where)
             image_beside(data, m.paths[i], m.data[i]);
             unlink(data);
         }
+        unlink(m.well_path);
         rmdir(dir);
     }
 }

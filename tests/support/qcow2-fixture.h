@@ -294,6 +294,8 @@ static const struct driver flush_filter_driver = {
     .co_write = flush_filter_co_request,
     .co_write_zeroes = flush_filter_co_request,
     .co_discard = flush_filter_co_request,
+    .co_copy_out = flush_filter_co_request,
+    .co_copy_in = flush_filter_co_request,
     .co_flush = flush_filter_co_request,
 };
 

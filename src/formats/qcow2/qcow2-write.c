@@ -376,7 +376,7 @@ static int co_fn write_data(struct qcow2 *q, struct request *req, const struct p
     struct request piece = *req;
 
     if (!whole && !rest_is_right(q, p))
-        return write_mixed(q, req, p, done, len);
+        return req->offload ? -EOPNOTSUPP : write_mixed(q, req, p, done, len);
     if (q->crypt)
         return qcow2_crypt_write(q, req, done, len, host_of(q, p, offset));
     piece.flags &= ~(unsigned)REQUEST_FUA;
@@ -532,6 +532,13 @@ int qcow2_co_write(struct node *node, struct request *req)
     if (unlikely(req->flags & REQUEST_COMPRESSED))
         return q->crypt || qcow2_has_data_file(q) ? -EOPNOTSUPP : qcow2_write_compressed(q, req);
     return write_all(q, req);
+}
+
+int qcow2_co_copy_in(struct node *node, struct request *req)
+{
+    struct qcow2 *q = node_state(node);
+
+    return q->crypt ? -EOPNOTSUPP : write_all(q, req);
 }
 
 int qcow2_replace(struct qcow2 *q, struct qcow2_slice *s, uint64_t cluster, struct qcow2_l2 becomes)

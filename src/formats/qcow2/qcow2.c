@@ -433,6 +433,7 @@ const struct driver qcow2_driver = {
     .co_map = qcow2_co_map,
     .co_read_encoded = qcow2_co_read_encoded,
     .co_write = qcow2_co_write,
+    .co_copy_in = qcow2_co_copy_in,
     .co_write_zeroes = qcow2_co_write_zeroes,
     .co_discard = qcow2_co_discard,
     .co_flush = qcow2_co_flush,

@@ -476,6 +476,8 @@ int co_fn qcow2_flush_mappings(struct qcow2 *q, const struct request *by);
 /* ---- qcow2-write.c ---- */
 
 int co_fn qcow2_co_write(struct node *node, struct request *req);
+/* Of whole units, or into fresh space; -EOPNOTSUPP else. */
+int co_fn qcow2_co_copy_in(struct node *node, struct request *req);
 
 /*
  * A place for guest clusters that have none, in the image or in the data file; the caller holds their range. At most `count` of them.

@@ -51,7 +51,7 @@ static void co_fn control_fn raw_co_close(struct node *node)
     (void)node; /* nothing is held but the child */
 }
 
-/* Read, write, write-zeroes, discard and flush: the same, further on. The core has checked the range. */
+/* Read, write, write-zeroes, discard, copies and flush: the same, further on. The core has checked the range. */
 static int co_fn raw_co_request(struct node *node, struct request *req)
 {
     const struct raw *raw = node_state(node);
@@ -118,6 +118,8 @@ const struct driver raw_driver = {
     .co_write = raw_co_request,
     .co_write_zeroes = raw_co_request,
     .co_discard = raw_co_request,
+    .co_copy_out = raw_co_request,
+    .co_copy_in = raw_co_request,
     .co_flush = raw_co_request,
     .co_extents = raw_co_extents,
     .co_resize = raw_co_resize,

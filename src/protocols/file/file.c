@@ -10,6 +10,7 @@
 #include "base/macros.h"
 #include "file-options.h"
 #include "graph/driver.h"
+#include "graph/offload.h"
 #include "protocols/file/file-lock.h"
 
 #include <errno.h>
@@ -239,6 +240,20 @@ static int co_fn host_file_co_discard(struct node *node, struct request *req)
     return try_range(h, &h->no_discard, file_co_discard, req);
 }
 
+static int co_fn host_file_co_copy_out(struct node *node, struct request *req)
+{
+    const struct host_file *h = node_state(node);
+
+    return offload_co_hand_over(req, h->file);
+}
+
+static int co_fn host_file_co_copy_in(struct node *node, struct request *req)
+{
+    const struct host_file *h = node_state(node);
+
+    return offload_co_take(req, h->file);
+}
+
 static int co_fn host_file_co_flush(struct node *node, struct request *req)
 {
     const struct host_file *h = node_state(node);
@@ -345,6 +360,8 @@ const struct driver file_driver = {
     .co_write = host_file_co_write,
     .co_write_zeroes = host_file_co_write_zeroes,
     .co_discard = host_file_co_discard,
+    .co_copy_out = host_file_co_copy_out,
+    .co_copy_in = host_file_co_copy_in,
     .co_flush = host_file_co_flush,
     .co_extents = host_file_co_extents,
     .co_resize = host_file_co_resize,
