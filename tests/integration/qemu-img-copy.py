@@ -108,7 +108,7 @@ def test_convert_refuses_the_same(tools, arguments):
     tools.peer("check", "-q", "top.qcow2")
 
 
-@pytest.mark.parametrize("option", [["-C"], ["--object", "iothread,id=x"]])
+@pytest.mark.parametrize("option", [["--object", "iothread,id=x"]])
 def test_what_is_not_there_is_refused_by_name(tools, option):
     tools.chain()
     refused = tools.ours("convert", *option, "-O", "qcow2", "top.qcow2", "x.qcow2", ok=(1,))

@@ -44,6 +44,7 @@ struct convert {
     bool unordered;
     bool compress;
     bool salvage;
+    bool offload;
     bool bitmaps;
     bool skip_broken_bitmaps;
     bool has_sparse;
@@ -184,6 +185,7 @@ static int co_fn control_fn copy(struct convert *c, struct error **err)
         .only_own = c->o.backing_file,
         .in_order = !c->unordered && !c->compress, /* where compressed bytes lie is all the same */
         .salvage = c->salvage,
+        .offload = c->offload,
         .compress = c->compress,
         .writethrough = c->target_cache.writethrough,
         .workers = c->workers ? (unsigned)c->workers : usual_workers(c),
@@ -298,10 +300,24 @@ static int check_compress(const struct convert *c, struct error **err)
     return 0;
 }
 
+/* What needs to see the data cannot leave it to the host. */
+static int check_offload(const struct convert *c, struct error **err)
+{
+    if (c->offload && c->compress)
+        return error_set(err, EINVAL, "Cannot enable copy offloading when -c is used");
+    if (c->offload && c->has_sparse)
+        return error_set(err, EINVAL, "Cannot enable copy offloading when -S is used");
+    if (c->offload && c->salvage)
+        return error_set(err, EINVAL, "Cannot use copy offloading in salvaging mode");
+    return 0;
+}
+
 static int check(struct convert *c, struct error **err)
 {
     int r = tool_check_format(&c->source, err);
 
+    if (r == 0)
+        r = check_offload(c, err);
     if (r < 0)
         return r;
     r = check_compress(c, err);
@@ -341,17 +357,6 @@ static int check(struct convert *c, struct error **err)
 
 enum { TARGET_OPTS = TOOL_FIRST_FREE, TARGET_ZERO, SALVAGE, BITMAPS, SKIP_BROKEN };
 
-static int refuse(int opt, struct error **err)
-{
-    switch (opt) {
-    case 'C':
-        return error_set(err, ENOTSUP,
-                         "-C: the host's copy offloading is not used; copying is fast without");
-    default:
-        return opt;
-    }
-}
-
 static int read_more(struct convert *c, int opt, struct error **err)
 {
     switch (opt) {
@@ -376,6 +381,9 @@ static int read_more(struct convert *c, int opt, struct error **err)
     case 'c':
         c->compress = true;
         return 0;
+    case 'C':
+        c->offload = true;
+        return 0;
     case TARGET_OPTS:
         c->target_options = true;
         return 0;
@@ -392,7 +400,7 @@ static int read_more(struct convert *c, int opt, struct error **err)
         c->skip_broken_bitmaps = true;
         return 0;
     default:
-        return tool_image_option(&c->source, opt) == 0 ? 0 : refuse(opt, err);
+        return tool_image_option(&c->source, opt);
     }
 }
 
@@ -490,6 +498,7 @@ const struct cli_command convert_command = {
         "      --target-is-zero      and reads as zeroes\n"
         "      --target-image-opts   and is named by options\n"
         "  -S SIZE                   runs of zeroes are left out from this length on (4k); 0: nothing is\n"
+        "  -C                        the host copies the data, or shares it, where it can; zeroes in it are not looked for\n"
         "  -m NUMBER, -W             so many pieces at a time (8); in any order\n"
         "  -r RATE                   at most so many bytes per second\n"
         "  -t CACHE, -T CACHE        of TARGET (unsafe), of FILE (writeback): none, writeback, writethrough,\n"

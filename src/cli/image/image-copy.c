@@ -5,6 +5,7 @@
 #include "base/checked.h"
 #include "base/macros.h"
 #include "base/zeroes.h"
+#include "graph/offload.h"
 #include "loop/iobuf.h"
 #include "loop/loop.h"
 #include "loop/scope.h"
@@ -15,6 +16,9 @@
 
 #define CHUNK  ((uint64_t)256 << 10)
 #define SECTOR 512
+
+/* By the host: as much as a qcow2 target allocates in one step, and worth a thread. */
+#define OFFLOAD_CHUNK ((uint64_t)2 << 20)
 
 /* How often a wait looks for signals. */
 #define LOOK_NS (100 * NS_PER_MS)
@@ -136,6 +140,8 @@ static uint64_t chunk_of(const struct image_copy *c)
 {
     uint64_t chunk = MAX(CHUNK, align_up(c->sparse, CHUNK));
 
+    if (atomic_get(&c->offload))
+        return OFFLOAD_CHUNK;
     return c->compress ? MAX(chunk, align_up(c->unit, CHUNK)) : chunk;
 }
 
@@ -319,13 +325,31 @@ static int co_fn keep_rate(struct image_copy *c, uint64_t bytes)
     return r;
 }
 
+/* If it does not, for whatever reason, reading and writing will do, or will tell why not. */
+static bool co_fn host_copies(struct image_copy *c, const struct piece *p)
+{
+    int r = backend_co_copy(p->backend, p->source->from + p->at - p->source->begin, c->target,
+                            p->at, p->len, c->writethrough ? REQUEST_FUA : 0);
+
+    if (r == -EXDEV)
+        atomic_set(&c->offload, 0u);
+    return r == 0;
+}
+
 static int co_fn copy_piece(struct image_copy *c, const struct piece *p, struct iobuf *buf)
 {
-    int r = p->kind == PIECE_DATA ? read_piece(c, p, buf) : 0;
+    bool copied = false;
+    int r = 0;
 
+    if (p->kind == PIECE_DATA && atomic_get(&c->offload)) {
+        r = wait_for_turn(c, p);
+        copied = r == 0 && host_copies(c, p);
+    }
+    if (r == 0 && p->kind == PIECE_DATA && !copied)
+        r = read_piece(c, p, buf);
     if (r == 0)
         r = wait_for_turn(c, p);
-    if (r == 0 && p->kind == PIECE_DATA)
+    if (r == 0 && p->kind == PIECE_DATA && !copied)
         r = write_data(c, p, buf);
     else if (r == 0 && p->kind == PIECE_ZERO && !c->target_zero)
         r = write_run(c, p->at, buf, 0, (size_t)p->len, true);

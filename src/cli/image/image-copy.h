@@ -67,6 +67,7 @@ struct image_copy {
     struct wait_queue turn;
     uint64_t ended; /* pieces */
 
+    uint32_t offload;    /* atomic: data is copied by the host; until it says that it cannot */
     uint64_t started_ns; /* constant */
     uint64_t data_done;  /* atomic; for the rate */
     int result;          /* atomic; who sets it first sets `error`, too */
