@@ -292,6 +292,32 @@ static void test_qcow2_bitmaps__broken_extension_is_as_if_there_were_none(void *
     error_free(&err);
 }
 
+/* So are snapshots whose table cannot be, and both at once; each says what is wrong with it. */
+static void test_qcow2_bitmaps__broken_table_of_snapshots_is_as_if_there_were_none(void **state)
+{
+    (void)state;
+    for (unsigned both = 0; both < 2; both++) {
+        struct qcow2_header h = {0};
+        struct error *err = NULL;
+        struct sample s;
+
+        sample_make(&s, 8, true, true, 0, 0, 10);
+        store_be32(s.bytes + QCOW2_OFFSET_SNAPSHOT_COUNT, 70000);
+        if (both)
+            store_be32(s.bytes + s.extension + 8 + QCOW2_BITMAPS_COUNT, 0);
+        assert_int_equal(qcow2_header_parse_tolerant(&h, s.bytes, CLUSTER, FILE_SIZE, "x", &err),
+                         0);
+        assert_int_equal(h.snapshot_count, 0);
+        assert_non_null(strstr(h.snapshots_problem, "there are 70000 snapshots"));
+        assert_int_equal(h.has_bitmaps, !both);
+        if (both)
+            assert_non_null(strstr(h.bitmaps_problem, "there are 0 bitmaps"));
+        else
+            assert_null(h.bitmaps_problem);
+        qcow2_header_release(&h);
+    }
+}
+
 /* ---- the directory ---- */
 
 static void test_qcow2_bitmaps__entries_are_read_as_they_were_put(void **state)

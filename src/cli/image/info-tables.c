@@ -104,14 +104,15 @@ static int co_fn control_fn read_snapshots(struct info_tables *ret, struct graph
     for (uint32_t i = 0; r == 0 && i < h->snapshot_count; i++) {
         struct qcow2_snapshot s;
 
-        r = qcow2_snapshot_parse(t.bytes, t.len, t.at, &s);
+        if (qcow2_snapshot_parse(t.bytes, t.len, t.at, &s) < 0)
+            break;
+        json_array_append_new(ret->snapshots, snapshot_json(&s));
         t.at = (size_t)align_up(t.at + s.len, 8);
-        if (r < 0)
-            r = error_set(err, EINVAL, "'%s': the table of snapshots is %s at entry %" PRIu32,
-                          layer->filename, r == -ERANGE ? "cut" : "damaged", i);
-        else
-            json_array_append_new(ret->snapshots, snapshot_json(&s));
     }
+    if (r == 0 && json_array_size(ret->snapshots) < h->snapshot_count)
+        cli_warn("'%s': entry %zu of its table of snapshots, which has %" PRIu32
+                 ", is broken: `cairn check -r all` drops it",
+                 layer->filename, json_array_size(ret->snapshots), h->snapshot_count);
     free(t.bytes);
     return r;
 }
@@ -190,11 +191,13 @@ static int co_fn control_fn read_bitmaps(struct info_tables *ret, struct graph *
 
         if (!has_fixed(&t, QCOW2_BITMAP_ENTRY_LEN_MIN) ||
             !next_entry(&t, QCOW2_BITMAP_ENTRY_LEN_MIN, extra + load_be16(e + 18)))
-            r = error_set(err, EINVAL, "'%s': the directory of bitmaps is cut at entry %" PRIu32,
-                          layer->filename, i);
-        else
-            json_array_append_new(ret->bitmaps, bitmap_json(e, extra));
+            break;
+        json_array_append_new(ret->bitmaps, bitmap_json(e, extra));
     }
+    if (r == 0 && json_array_size(ret->bitmaps) < h->bitmap_count)
+        cli_warn("'%s': entry %zu of its directory of bitmaps, which has %" PRIu32
+                 ", is broken: `cairn check -r all` drops them",
+                 layer->filename, json_array_size(ret->bitmaps), h->bitmap_count);
     free(t.bytes);
     return r;
 }
@@ -225,6 +228,12 @@ int info_tables_co_read(struct info_tables *ret, struct graph *g, const struct i
     int r = 0;
 
     *ret = (struct info_tables){.snapshots = NULL};
+    if (layer->header.snapshots_problem)
+        cli_warn("'%s': its snapshots cannot be used: %s", layer->filename,
+                 layer->header.snapshots_problem);
+    if (layer->header.bitmaps_problem)
+        cli_warn("'%s': its bitmaps cannot be used: %s", layer->filename,
+                 layer->header.bitmaps_problem);
     if (layer->header.snapshot_count)
         r = read_snapshots(ret, g, layer, err);
     if (r == 0 && layer->header.has_bitmaps && layer->header.bitmap_count)

@@ -6,6 +6,7 @@
 #include "formats/qcow2/qcow2-guard.h"
 #include "base/alloc.h"
 #include "base/atomic.h"
+#include "base/checked.h"
 #include "base/log.h"
 #include "base/macros.h"
 #include "formats/qcow2/qcow2-header.h"
@@ -415,14 +416,25 @@ static int see_table(void *arg, uint64_t offset, uint64_t len, uint32_t count)
     return 0;
 }
 
+/* A snapshot that says that its table is anywhere must not keep the disk from being written. */
+static bool can_lie(const struct qcow2 *q, uint64_t offset, uint64_t bytes)
+{
+    return bytes <= QCOW2_L1_BYTES_MAX && qcow2_is_cluster(q, offset) &&
+           range_within(offset, bytes, node_size(edge_node(q->file)));
+}
+
 static int see_l1(void *arg, uint64_t offset, const uint64_t *l1, uint32_t count)
 {
     struct inactive *in = arg;
-    uint64_t row = row_of(in->q, offset, (uint64_t)count * QCOW2_ENTRY_LEN);
+    uint64_t bytes = (uint64_t)count * QCOW2_ENTRY_LEN;
     int r = 0;
 
-    if (row && offset < QCOW2_HOST_OFFSET_END)
-        in->rows->rows[in->rows->count++] = row;
+    if (bytes && can_lie(in->q, offset, bytes))
+        in->rows->rows[in->rows->count++] = row_of(in->q, offset, bytes);
+    else if (bytes)
+        log_warning("node '%s': a snapshot's L1 table cannot lie at %" PRIu64 " with %" PRIu64
+                    " bytes, ignoring",
+                    node_name(in->q->node), offset, bytes);
     if (!l1)
         return 0;
     in->entries += count;

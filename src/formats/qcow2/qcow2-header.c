@@ -502,32 +502,64 @@ int qcow2_header_parse(struct qcow2_header *ret, const void *bytes, size_t len, 
     return 0;
 }
 
+/* What a header is parsed without. */
+#define WITHOUT_BITMAPS   1u
+#define WITHOUT_SNAPSHOTS 2u
+
+static int parse_without(struct qcow2_header *ret, unsigned what, const uint8_t *bytes, size_t len,
+                         uint64_t file_size, const char *node_name, struct error **err)
+{
+    AUTO(free_ptr) uint8_t *copy = try_alloc(1, len);
+
+    if (!copy)
+        return error_set(err, ENOMEM, "no memory");
+    memcpy(copy, bytes, len);
+    if (what & WITHOUT_BITMAPS)
+        store_be64(copy + QCOW2_OFFSET_AUTOCLEAR,
+                   load_be64(copy + QCOW2_OFFSET_AUTOCLEAR) & ~QCOW2_AUTOCLEAR_BITMAPS);
+    if (what & WITHOUT_SNAPSHOTS)
+        store_be32(copy + QCOW2_OFFSET_SNAPSHOT_COUNT, 0);
+    return qcow2_header_parse(ret, copy, len, file_size, node_name, err);
+}
+
 int qcow2_header_parse_tolerant(struct qcow2_header *ret, const void *bytes, size_t len,
                                 uint64_t file_size, const char *node_name, struct error **err)
 {
-    AUTO(error_free) struct error *ignored = NULL;
-    AUTO(free_ptr) uint8_t *copy = NULL;
+    /* By what it is parsed without: with neither of two broken ones the other one's error is left. */
+    struct error *why[WITHOUT_BITMAPS + WITHOUT_SNAPSHOTS + 1] = {NULL};
+    unsigned what = 0;
     int r = qcow2_header_parse(ret, bytes, len, file_size, node_name, err);
+    bool has_features;
 
     if (r != -EINVAL || len < QCOW2_HEADER_LENGTH_V3_MIN)
         return r;
-    copy = try_alloc(1, len);
-    if (!copy)
-        return r;
-    memcpy(copy, bytes, len);
-    store_be64(copy + QCOW2_OFFSET_AUTOCLEAR,
-               load_be64(copy + QCOW2_OFFSET_AUTOCLEAR) & ~QCOW2_AUTOCLEAR_BITMAPS);
-    if (qcow2_header_parse(ret, copy, len, file_size, node_name, &ignored) < 0)
-        return r;
-    ret->autoclear |= QCOW2_AUTOCLEAR_BITMAPS;
-    ret->bitmaps_problem = xstrdup(error_text(*err));
-    error_free(err);
-    return 0;
+    has_features = load_be32((const uint8_t *)bytes + QCOW2_OFFSET_VERSION) >= 3;
+    do {
+        what++;
+    } while (what < ARRAY_SIZE(why) &&
+             ((what & WITHOUT_BITMAPS && !has_features) ||
+              parse_without(ret, what, bytes, len, file_size, node_name, &why[what]) < 0));
+    if (what < ARRAY_SIZE(why)) {
+        bool both = what == (WITHOUT_BITMAPS | WITHOUT_SNAPSHOTS);
+
+        if (what & WITHOUT_BITMAPS) {
+            ret->autoclear |= QCOW2_AUTOCLEAR_BITMAPS;
+            ret->bitmaps_problem = xstrdup(error_text(both ? why[WITHOUT_SNAPSHOTS] : *err));
+        }
+        if (what & WITHOUT_SNAPSHOTS)
+            ret->snapshots_problem = xstrdup(error_text(both ? why[WITHOUT_BITMAPS] : *err));
+        error_free(err);
+        r = 0;
+    }
+    for (unsigned i = 0; i < ARRAY_SIZE(why); i++)
+        error_free(&why[i]);
+    return r;
 }
 
 void qcow2_header_release(struct qcow2_header *header)
 {
     free(header->bitmaps_problem);
+    free(header->snapshots_problem);
     free(header->backing_file);
     free(header->backing_format);
     free(header->data_file);
@@ -622,7 +654,7 @@ int qcow2_header_check_supported(const struct qcow2_header *header, bool read_on
                          "node '%s': the image is marked corrupt: open it with read-only=on, or "
                          "repair it with `cairn check -r all`",
                          node_name);
-    if (qcow2_header_has_data_file(header) && header->snapshot_count)
+    if (qcow2_header_has_data_file(header) && (header->snapshot_count || header->snapshots_problem))
         return error_set(
             err, ENOTSUP,
             "node '%s': the image has internal snapshots beside an external data file, "

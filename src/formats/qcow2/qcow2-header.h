@@ -62,6 +62,7 @@ struct qcow2_header {
     uint64_t bitmap_directory_size;
     char *
         bitmaps_problem; /* of qcow2_header_parse_tolerant(): why there are none although the feature is set */
+    char *snapshots_problem; /* the same: why there are none although there is a number of them */
 
     /* All extensions but the end marker, known and unknown, in the image's order and byte by byte. */
     struct qcow2_extension *extensions;
@@ -77,7 +78,10 @@ struct qcow2_header {
  */
 int qcow2_header_parse(struct qcow2_header *ret, const void *bytes, size_t len, uint64_t file_size,
                        const char *node_name, struct error **err);
-/* The same, but what is broken about the bitmaps only, however it may be, is as if there were none: see bitmaps_problem. */
+/*
+ * The same, but what is broken about the bitmaps only, or about the snapshots, however it may be, is as if there were none: see
+ * bitmaps_problem and snapshots_problem.
+ */
 int qcow2_header_parse_tolerant(struct qcow2_header *ret, const void *bytes, size_t len,
                                 uint64_t file_size, const char *node_name, struct error **err);
 /* Also for a zeroed one. */

@@ -98,8 +98,12 @@ static int co_fn read_entries(struct snap *s)
 
 static int co_fn read_table(struct snap *s)
 {
-    int r = snap_read_flat(s, 0, s->header, sizeof(s->header));
+    int r;
 
+    if (s->q->bad_snapshots)
+        return error_set(s->err, EIO,
+                         "the table of snapshots is broken: `cairn check -r all` drops it");
+    r = snap_read_flat(s, 0, s->header, sizeof(s->header));
     if (r < 0)
         return snap_failed(s, r, "read the header");
     s->count = load_be32(s->header + QCOW2_OFFSET_SNAPSHOT_COUNT);

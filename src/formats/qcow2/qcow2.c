@@ -241,6 +241,7 @@ static void set_geometry(struct qcow2 *q, const struct qcow2_header *header)
     q->refcount_order = header->refcount_order;
     q->compression_type = header->compression_type;
     q->names_backing = header->backing_file;
+    q->bad_snapshots = header->snapshots_problem;
     node_set_size(q->node, header->size);
     if (q->crypt)
         node_set_alignment(q->node, LUKS_SECTOR, 1);
@@ -326,6 +327,11 @@ static int co_fn control_fn qcow2_co_open(struct node *node, const void *options
         r = repair_if_dirty(q, &by, &header, err);
     if (r == 0)
         r = qcow2_header_check_supported(&header, !q->writable, node_name(node), err);
+    if (r == 0 && header.snapshots_problem)
+        log_warning(
+            "node '%s': the snapshots of the image cannot be used: %s, ignoring them; `cairn "
+            "check -r all` drops them",
+            node_name(node), header.snapshots_problem);
     if (r == 0)
         r = want_backing(q, opt, &header, err);
     if (r == 0)

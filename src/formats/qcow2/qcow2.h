@@ -170,6 +170,7 @@ struct qcow2 {
     unsigned compression_type; /* enum qcow2_compression */
     bool names_backing;        /* the image does, whatever was opened as one */
     bool writable;
+    bool bad_snapshots;        /* their table cannot be used, and is left alone */
     bool keeps_discarded;      /* clusters that are discarded keep their place */
     bool passes_discards;      /* space that is freed is given back to the host */
     struct qcow2_crypt *crypt; /* NULL: guest data lies there as it is */
