@@ -59,7 +59,7 @@ FIELDS = ["snapshots", "snapshot table", "snapshot L1 offset", "snapshot L1 size
           "snapshot extra data", "bitmaps", "reserved of bitmaps", "directory length", "directory", "bitmap table",
           "bitmap table size", "bitmap flags", "bitmap type", "bitmap name length", "bitmap extra data"]
 # What describes the image has to say these; other damage is no business of a list.
-TOLD = ["snapshots", "snapshot table", "snapshot extra data", "bitmaps",
+TOLD = ["snapshots", "snapshot table", "snapshot ID length", "snapshot name length", "snapshot extra data", "bitmaps",
         "directory", "directory length", "bitmap name length", "bitmap extra data"]
 
 
@@ -68,8 +68,8 @@ def test_disk_opens_and_is_repaired(tmp_path, sound, field):
     at, size = places(sound)[field]
     path = str(tmp_path / "x.qcow2")
     for value in ((1 << 8 * size) - 1, (1 << 8 * size - 1) - 1, 1 << 40):  # all ones, huge, beyond the end
-        if value >= 1 << 8 * size or (value == 0x7FFE and "snapshot" in field):
-            continue  # a name that long makes a table that lies in clusters that are free: no writes then
+        if value >= 1 << 8 * size:
+            continue
         with open(path, "wb") as f:
             f.write(sound[:at] + value.to_bytes(size, "big") + sound[at + size:])
         info = run(CAIRN, "info", path)

@@ -149,6 +149,7 @@ enum qcow2_feature_type {
 #define QCOW2_SNAPSHOTS_MAX                65536
 #define QCOW2_SNAPSHOTS_BYTES_MAX          (64 * MIB)
 #define QCOW2_SNAPSHOT_EXTRA_MAX           1024
+#define QCOW2_SNAPSHOT_TEXT_MAX            1024 /* of an ID, of a name; QEMU has 127 and 255 */
 #define QCOW2_BITMAPS_MAX                  65535
 #define QCOW2_BITMAPS_DIRECTORY_MAX        (64 * MIB)
 #define QCOW2_BACKING_FILE_MAX             1023

@@ -36,6 +36,8 @@ int qcow2_snapshot_parse(const uint8_t *table, size_t len, size_t at, struct qco
         return -EINVAL;
     ret->id_len = load_be16(e + QCOW2_SNAPSHOT_ID_LEN);
     ret->name_len = load_be16(e + QCOW2_SNAPSHOT_NAME_LEN);
+    if (ret->id_len > QCOW2_SNAPSHOT_TEXT_MAX || ret->name_len > QCOW2_SNAPSHOT_TEXT_MAX)
+        return -EINVAL; /* or the table would reach over much else */
     ret->len += extra_len + ret->id_len + ret->name_len;
     if (!range_within(at, ret->len, len))
         return -ERANGE;
