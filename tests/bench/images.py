@@ -24,6 +24,7 @@ CLUSTER = 64 * KIB
 DISK = 64 * GIB  # that is allocated: more than is written in the time
 TOUCH_PER_S = 4 * GIB  # more than is allocated in a second
 LAYERS = (1, 10, 100, 1000)
+SECRET = "of no interest"
 QSD_LAYERS = 100  # with 1,000 it answers 57 requests per second
 CPU = "CPU per I/O"
 
@@ -98,6 +99,40 @@ class Allocated(Family):
             self.serve(point, image)
             self.must_equal(point, "raw")
         self.serve("cairnd raw", "raw", driver="raw")
+
+
+class Encrypted(Family):
+    """The same data in images that are encrypted, as a whole or inside qcow2. Each server has its own, by the same key."""
+
+    KINDS = {"luks": ("luks,key-secret=key", "key-secret=key,iter-time=200"),
+             "qcow2": ("qcow2,encrypt.format=luks,encrypt.key-secret=key",
+                      "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=200")}
+
+    def set_up(self):
+        self.fill(self.path("raw"), self.settings.size)
+        for kind, (driver, options) in self.KINDS.items():
+            self.make(kind, options)
+            for point in (f"cairnd {kind}", f"cairnd {kind}'", f"qsd {kind}"):
+                image = point.replace(" ", "-")
+                shutil.copyfile(self.path(kind), self.path(image))
+                self.serve(point, image, driver, secret=SECRET)
+                self.must_equal(point, "raw")
+
+    def make(self, kind, options):
+        """Several times if need be: beside other work qemu-img sometimes finds no CPU time to choose the iterations by."""
+        for attempt in range(10):
+            try:
+                self.qemu_img("convert", "--object", f"secret,id=key,data={SECRET}", "-f", "raw", "-O", kind, "-o", options, "raw",
+                              kind)
+                return
+            except RuntimeError:
+                if attempt == 9:
+                    raise
+
+    def measure(self, row, point, seed):
+        kind = row.name.split("-")[1]
+        name, twin = point.rstrip("'"), "'" if point.endswith("'") else ""
+        return self.load(self.servers[f"{name} {kind}{twin}"], [*row.options, "--seed", str(seed)])
 
 
 class Allocating(Family):
@@ -262,6 +297,12 @@ def _allocated(op, depth):
                                   for level, bound in bounds]),))
 
 
+def _encrypted(kind, op):
+    return Row(f"encrypted-{kind}-{op}-4k-d16", Encrypted, ("--op", op, "--depth", "16"), ("cairnd", "cairnd'", "qsd"),
+               ("cairnd", "cairnd'"), (("cairnd", [rowlib.at_most("must", "cpu_us", "qsd", 1 / 3, CPU),
+                                                   rowlib.at_least("must", "iops", "qsd", 3, "IOPS")]),))
+
+
 def _allocating(name, family, block, bound, beside=()):
     return Row(f"qcow2-{name}-d16", family, ("--op", "write", "--bs", str(block), "--depth", "16"),
                ("cairnd", "cairnd'", "qsd", *beside), ("cairnd", "cairnd'"),
@@ -277,6 +318,7 @@ def _like_first(name, family, options, points, beside, first, bound=1.15):
 
 ROWS = [
     *(_allocated(op, depth) for op in ("randread", "randwrite") for depth in (1, 16)),
+    *(_encrypted(kind, op) for kind in Encrypted.KINDS for op in ("randread", "randwrite")),
     _allocating("allocate-4k", Allocating, 4 * KIB, 3, ("cairnd raw",)),
     _allocating("allocate-64k", Allocating, 64 * KIB, 2, ("cairnd raw",)),
     _allocating("cow-4k", CopyingOnWrite, 4 * KIB, 2),

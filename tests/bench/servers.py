@@ -22,9 +22,10 @@ def _die_with_parent():
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _daemon_options(path, sock, aio, driver, read_only):
+def _daemon_options(path, sock, aio, driver, read_only, secret):
     access = ",read-only=on" if read_only else ""
     return [
+        *(["--object", f"secret,id=key,data={secret}"] if secret else []),
         "--blockdev", f"driver=file,node-name=f,filename={path},cache.direct=on{aio}{access}",
         "--blockdev", f"driver={driver},node-name=r,file=f{access}",
         "--nbd-server", f"addr.type=unix,addr.path={sock}",
@@ -32,9 +33,9 @@ def _daemon_options(path, sock, aio, driver, read_only):
     ]
 
 
-def qsd_command(path, sock, direct, driver="raw", read_only=False):
+def qsd_command(path, sock, direct, driver="raw", read_only=False, secret=None):
     del direct  # always O_DIRECT
-    return ["qemu-storage-daemon", *_daemon_options(path, sock, ",aio=native", driver, read_only)]
+    return ["qemu-storage-daemon", *_daemon_options(path, sock, ",aio=native", driver, read_only, secret)]
 
 
 def nbdkit_command(path, sock, direct):
@@ -48,8 +49,8 @@ def floor_command(binary):
 
 
 def cairnd_command(binary):
-    return lambda path, sock, direct, driver="raw", read_only=False: [
-        binary, *_daemon_options(path, sock, "", driver, read_only)]
+    return lambda path, sock, direct, driver="raw", read_only=False, secret=None: [
+        binary, *_daemon_options(path, sock, "", driver, read_only, secret)]
 
 
 def nbd_greets(sock):
