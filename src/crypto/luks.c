@@ -26,111 +26,118 @@ int luks_io_error(int r, const char *what, struct error **err)
 
 /* ---- one slot ---- */
 
+/* The key to a slot's material, from its password. */
+static int co_fn derive_key(const struct luks_volume *v, const struct luks_header *h,
+                            const struct luks_slot *slot, const struct secret *password,
+                            uint8_t *ret)
+{
+    const struct pbkdf2 p = {
+        .hash = v->hash,
+        .password = password->bytes,
+        .password_len = password->len,
+        .salt = slot->salt,
+        .salt_len = LUKS_SALT_LEN,
+        .iterations = slot->iterations,
+    };
+    uint64_t ns;
+
+    return pbkdf2_co_derive(&p, ret, h->key_len, &ns);
+}
+
+/* The digest by which a volume's key is known to be right. */
+static int co_fn derive_digest(const struct luks_volume *v, const struct luks_header *h,
+                               const uint8_t *key, uint8_t ret[LUKS_DIGEST_LEN])
+{
+    const struct pbkdf2 p = {
+        .hash = v->hash,
+        .password = key,
+        .password_len = h->key_len,
+        .salt = h->digest_salt,
+        .salt_len = LUKS_SALT_LEN,
+        .iterations = h->digest_iterations,
+    };
+    uint64_t ns;
+
+    return pbkdf2_co_derive(&p, ret, LUKS_DIGEST_LEN, &ns);
+}
+
 /* Work on a slot's material, beside the loop. */
 struct slot_work {
     const struct luks_volume *v;
-    const struct luks_header *h;
-    const struct luks_slot *slot;
-    const struct secret *password;
+    uint32_t key_len;
     uint8_t *material;
     size_t len;
+    uint8_t material_key[LUKS_KEY_MAX];
     uint8_t key[LUKS_KEY_MAX]; /* the volume's */
     int result;
 };
 
-/* The cipher of a slot's material: as the volume's, by a key from the password. */
-static int material_cipher(const struct slot_work *w, struct sector_cipher **ret)
-{
-    const struct pbkdf2 p = {
-        .hash = w->v->hash,
-        .password = w->password->bytes,
-        .password_len = w->password->len,
-        .salt = w->slot->salt,
-        .salt_len = LUKS_SALT_LEN,
-        .iterations = w->slot->iterations,
-    };
-    uint8_t key[LUKS_KEY_MAX];
-    int r = pbkdf2(&p, key, w->h->key_len);
-
-    if (r == 0)
-        r = sector_cipher_new(ret, w->v->spec, key);
-    OPENSSL_cleanse(key, sizeof(key));
-    return r;
-}
-
-static int digest_of(const struct slot_work *w, uint8_t ret[LUKS_DIGEST_LEN])
-{
-    const struct pbkdf2 p = {
-        .hash = w->v->hash,
-        .password = w->key,
-        .password_len = w->h->key_len,
-        .salt = w->h->digest_salt,
-        .salt_len = LUKS_SALT_LEN,
-        .iterations = w->h->digest_iterations,
-    };
-
-    return pbkdf2(&p, ret, LUKS_DIGEST_LEN);
-}
-
-static void open_slot(void *arg)
+/* Decrypts the material, and puts together what it was split into. */
+static void open_material(void *arg)
 {
     struct slot_work *w = arg;
     struct sector_cipher *cipher = NULL;
-    uint8_t digest[LUKS_DIGEST_LEN];
-    int r = material_cipher(w, &cipher);
+    int r = sector_cipher_new(&cipher, w->v->spec, w->material_key);
 
     if (r == 0)
         r = sector_cipher_decrypt(cipher, 0, w->material, w->len);
     if (r == 0)
-        r = luks_merge(w->v->hash, w->material, w->h->key_len, LUKS_STRIPES, w->key);
-    if (r == 0)
-        r = digest_of(w, digest);
-    if (r == 0)
-        r = CRYPTO_memcmp(digest, w->h->digest, LUKS_DIGEST_LEN) == 0;
+        r = luks_merge(w->v->hash, w->material, w->key_len, LUKS_STRIPES, w->key);
     w->result = r;
     (void)sector_cipher_free(cipher);
+}
+
+/* The other way. */
+static void fill_material(void *arg)
+{
+    struct slot_work *w = arg;
+    struct sector_cipher *cipher = NULL;
+    int r = sector_cipher_new(&cipher, w->v->spec, w->material_key);
+
+    if (r == 0)
+        r = luks_split(w->v->hash, w->key, w->key_len, w->material, LUKS_STRIPES);
+    if (r == 0)
+        r = sector_cipher_encrypt(cipher, 0, w->material, w->len);
+    w->result = r;
+    (void)sector_cipher_free(cipher);
+}
+
+static int co_fn work_on_material(struct slot_work *w, compute_fn *fn)
+{
+    int r = loop_co_compute(fn, w);
+
+    return r < 0 ? r : w->result;
 }
 
 int luks_slot_co_try(const struct luks_volume *v, const struct luks_header *h, unsigned slot,
                      const struct secret *password, uint8_t *ret_key, struct error **err)
 {
-    struct slot_work w = {.v = v, .h = h, .slot = &h->slots[slot], .password = password};
-    struct iobuf *b;
-    uint64_t ns;
+    const struct luks_slot *s = &h->slots[slot];
+    struct slot_work w = {.v = v, .key_len = h->key_len, .len = luks_material_len(h->key_len)};
+    struct iobuf *b = iobuf_new(w.len);
+    uint8_t digest[LUKS_DIGEST_LEN];
     int r;
 
-    w.len = luks_material_len(h->key_len);
-    b = iobuf_new(w.len);
     if (!b)
         return luks_io_error(-ENOMEM, "read a key slot", err);
     w.material = b->data;
-    r = v->store->co_read(v->store->arg, (uint64_t)w.slot->material_sector * LUKS_SECTOR, b, w.len);
+    r = v->store->co_read(v->store->arg, (uint64_t)s->material_sector * LUKS_SECTOR, b, w.len);
     if (r == 0)
-        r = loop_co_compute_long(open_slot, &w, &ns);
+        r = derive_key(v, h, s, password, w.material_key);
     if (r == 0)
-        r = w.result;
+        r = work_on_material(&w, open_material);
+    if (r == 0)
+        r = derive_digest(v, h, w.key, digest);
+    if (r == 0)
+        r = CRYPTO_memcmp(digest, h->digest, LUKS_DIGEST_LEN) == 0;
     if (r == 1)
         memcpy(ret_key, w.key, h->key_len);
-    OPENSSL_cleanse(w.key, sizeof(w.key));
-    OPENSSL_cleanse(b->data, w.len);
+    OPENSSL_cleanse(&w, sizeof(w));
+    OPENSSL_cleanse(b->data, luks_material_len(h->key_len));
     iobuf_unref(b);
     if (r >= 0)
         return r;
     return error_set(err, -r, "cannot read key slot %u: %s", slot, strerror(-r));
-}
-
-static void fill_slot(void *arg)
-{
-    struct slot_work *w = arg;
-    struct sector_cipher *cipher = NULL;
-    int r = material_cipher(w, &cipher);
-
-    if (r == 0)
-        r = luks_split(w->v->hash, w->key, w->h->key_len, w->material, LUKS_STRIPES);
-    if (r == 0)
-        r = sector_cipher_encrypt(cipher, 0, w->material, w->len);
-    w->result = r;
-    (void)sector_cipher_free(cipher);
 }
 
 static int iterations_for(uint64_t rate, uint64_t ms, uint32_t *ret, struct error **err)
@@ -150,14 +157,12 @@ int luks_slot_co_write(const struct luks_volume *v, struct luks_header *h, unsig
                        uint64_t iter_ms, struct error **err)
 {
     struct luks_slot *s = &h->slots[slot];
-    struct slot_work w = {.v = v, .h = h, .slot = s, .password = password};
+    struct slot_work w = {.v = v, .key_len = h->key_len, .len = luks_material_len(h->key_len)};
     struct iobuf *b;
-    uint64_t ns;
     int r = iterations_for(rate, iter_ms, &s->iterations, err);
 
     if (r < 0)
         return r;
-    w.len = luks_material_len(h->key_len);
     b = iobuf_new(w.len);
     if (!b)
         return luks_io_error(-ENOMEM, "write a key slot", err);
@@ -165,10 +170,11 @@ int luks_slot_co_write(const struct luks_volume *v, struct luks_header *h, unsig
     loop_random(b->data, w.len);
     w.material = b->data;
     memcpy(w.key, key, h->key_len);
-    r = loop_co_compute_long(fill_slot, &w, &ns);
+    r = derive_key(v, h, s, password, w.material_key);
     if (r == 0)
-        r = w.result;
+        r = work_on_material(&w, fill_material);
     OPENSSL_cleanse(w.key, sizeof(w.key));
+    OPENSSL_cleanse(w.material_key, sizeof(w.material_key));
     if (r == 0)
         r = v->store->co_write(v->store->arg, (uint64_t)s->material_sector * LUKS_SECTOR, b, w.len);
     if (r == 0)
@@ -284,26 +290,13 @@ int luks_co_rate(enum hash hash, uint32_t key_len, uint64_t *ret, struct error *
                  : 0;
 }
 
-static void digest_key(void *arg)
-{
-    struct slot_work *w = arg;
-
-    w->result = digest_of(w, w->material);
-}
-
-/* The digest by which a key is known to be right. */
 static int co_fn make_digest(const struct luks_volume *v, struct luks_header *h, const uint8_t *key,
                              struct error **err)
 {
-    struct slot_work w = {.v = v, .h = h, .material = h->digest};
-    uint64_t ns;
     int r;
 
     loop_random(h->digest_salt, LUKS_SALT_LEN);
-    memcpy(w.key, key, h->key_len);
-    r = loop_co_compute_long(digest_key, &w, &ns);
-    OPENSSL_cleanse(w.key, sizeof(w.key));
-    r = r < 0 ? r : w.result;
+    r = derive_digest(v, h, key, h->digest);
     return r < 0 ? luks_io_error(r, "make a digest of the key", err) : 0;
 }
 

@@ -16,11 +16,14 @@ struct pbkdf2 {
     size_t password_len;
     const uint8_t *salt;
     size_t salt_len;
-    uint32_t iterations; /* at most INT32_MAX */
+    uint32_t iterations; /* at least 1 */
 };
 
-/* -EINVAL if the library refuses. Takes its time: for threads that may. */
-int pbkdf2(const struct pbkdf2 *p, uint8_t *ret, size_t len);
+/*
+ * A key of `len` bytes. Takes its time, on threads of its own; what processor time that was is in *ret_cpu_ns. -ECANCELED soon after
+ * the waiter is cancelled (P4), -EINVAL if the library refuses, -ENOMEM, -EAGAIN.
+ */
+int co_fn pbkdf2_co_derive(const struct pbkdf2 *p, uint8_t *ret, size_t len, uint64_t *ret_cpu_ns);
 
 /* How many iterations this machine does in a second of processor time, for keys of `len` bytes. */
 int co_fn pbkdf2_co_rate(enum hash hash, size_t len, uint64_t *ret);

@@ -37,32 +37,112 @@ static void test_luks__split_and_merge(void **state)
     }
 }
 
+static struct pbkdf2 derivation(enum hash hash, const char *password, uint32_t iterations)
+{
+    return (struct pbkdf2){
+        .hash = hash,
+        .password = (const uint8_t *)password,
+        .password_len = strlen(password),
+        .salt = (const uint8_t *)"salt",
+        .salt_len = 4,
+        .iterations = iterations,
+    };
+}
+
 /* RFC 6070 and RFC 7914, 11. */
-static void test_luks__pbkdf2_vectors(void **state)
+static void co_fn vectors(void *arg)
 {
     static const uint8_t sha1[] = {0x4b, 0x00, 0x79, 0x01, 0xb7, 0x65, 0x48, 0x9a, 0xbe, 0xad,
                                    0x49, 0xd9, 0x26, 0xf7, 0x21, 0xd0, 0x65, 0xa4, 0x29, 0xc1};
     static const uint8_t sha256[] = {0x55, 0xac, 0x04, 0x6e, 0x56, 0xe3, 0x08, 0x9f,
                                      0xec, 0x16, 0x91, 0xc2, 0x25, 0x44, 0xb6, 0x05};
-    struct pbkdf2 p = {.hash = HASH_SHA1,
-                       .password = (const uint8_t *)"password",
-                       .password_len = 8,
-                       .salt = (const uint8_t *)"salt",
-                       .salt_len = 4,
-                       .iterations = 4096};
+    struct pbkdf2 p = derivation(HASH_SHA1, "password", 4096);
     uint8_t key[64];
+    uint64_t ns;
 
-    (void)state;
-    assert_int_equal(pbkdf2(&p, key, 20), 0);
+    (void)arg;
+    assert_int_equal(pbkdf2_co_derive(&p, key, 20, &ns), 0);
     assert_memory_equal(key, sha1, sizeof(sha1));
-    p = (struct pbkdf2){.hash = HASH_SHA256,
-                        .password = (const uint8_t *)"passwd",
-                        .password_len = 6,
-                        .salt = (const uint8_t *)"salt",
-                        .salt_len = 4,
-                        .iterations = 1};
-    assert_int_equal(pbkdf2(&p, key, 64), 0);
+    assert_true(ns > 0);
+    p = derivation(HASH_SHA256, "passwd", 1);
+    assert_int_equal(pbkdf2_co_derive(&p, key, 64, &ns), 0);
     assert_memory_equal(key, sha256, sizeof(sha256));
+}
+
+static void test_luks__pbkdf2_vectors(void **state)
+{
+    (void)state;
+    on_both(vectors, NULL);
+}
+
+/* Also where a derivation falls into pieces, and where passwords are longer than what a hash function works on. */
+static void co_fn as_openssl(void *arg)
+{
+    static const char *const passwords[] = {
+        "", "short", "a password of exactly sixty-four bytes, as many as sha256 takes!!",
+        "one that is longer than all of them: it is hashed before it is used, for whichever function that "
+        "may be; 128 bytes are not enough of it"};
+
+    static const struct {
+        uint32_t iterations;
+        size_t len;
+    } sizes[] = {{1, 1}, {2, 20}, {3, 64}, {50, 63}, {65535, 1}, {65536, 32}, {65537, 65}};
+
+    uint8_t key[65];
+    uint8_t theirs[65];
+    uint64_t ns;
+
+    (void)arg;
+    for (unsigned h = 0; h < HASHES; h++) {
+        for (unsigned i = 0; i < ARRAY_SIZE(sizes); i++) {
+            const char *password = passwords[(h + i) % ARRAY_SIZE(passwords)];
+            struct pbkdf2 p = derivation((enum hash)h, password, sizes[i].iterations);
+
+            assert_int_equal(pbkdf2_co_derive(&p, key, sizes[i].len, &ns), 0);
+            assert_int_equal(PKCS5_PBKDF2_HMAC(password, (int)strlen(password), p.salt, 4,
+                                               (int)p.iterations, hash_md(p.hash),
+                                               (int)sizes[i].len, theirs),
+                             1);
+            assert_memory_equal(key, theirs, sizes[i].len);
+        }
+    }
+}
+
+static void test_luks__pbkdf2_is_that_of_openssl(void **state)
+{
+    (void)state;
+    on_engine(LOOP_ENGINE_THREADS, as_openssl, NULL);
+}
+
+static void co_fn derive_long(void *arg)
+{
+    struct pbkdf2 p = derivation(HASH_SHA512, "password", LUKS_ITERATIONS_MAX);
+    uint8_t key[64];
+    uint64_t ns;
+
+    *(int *)arg = pbkdf2_co_derive(&p, key, sizeof(key), &ns);
+}
+
+static void co_fn leave_long(void *arg)
+{
+    struct co_scope scope;
+    int r = 1;
+
+    (void)arg;
+    co_scope_init(&scope);
+    assert_int_equal(co_scope_start(&scope, derive_long, &r), 0);
+    (void)co_sleep_until(loop_now() + 10 * NS_PER_MS);
+    assert_int_equal(r, 1);
+    co_scope_cancel(&scope);
+    co_scope_join(&scope);
+    assert_int_equal(r, -ECANCELED);
+}
+
+/* P4: a hostile image has as many iterations as it likes. */
+static void test_luks__a_long_derivation_can_be_left(void **state)
+{
+    (void)state;
+    on_both(leave_long, NULL);
 }
 
 /* ---- headers ---- */
