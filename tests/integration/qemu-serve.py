@@ -2,6 +2,7 @@
 """`cairn serve` of what QEMU and cryptsetup have made: encrypted images, and those of formats that are only read."""
 import os
 import shutil
+import struct
 import subprocess
 
 import pytest
@@ -118,6 +119,21 @@ def test_what_is_wrong_with_keys(tool):
         image_support.cryptsetup_creates(tool.path("two"), kind="luks2")
         ended = tool.run("serve", "two", "--socket", "d.nbd", *keys(tool))
         assert ended.returncode == 1 and "LUKS version is 2" in ended.stderr.splitlines()[0]
+
+
+def test_a_hostile_image_does_not_hold_the_end(tool):
+    """P4: eight slots want as many iterations as a header may say, which takes many minutes."""
+    encrypted(tool, "d")
+    with open(tool.path("d"), "r+b") as f:
+        in_use = f.read(1024)[208:212]
+        for i in range(8):
+            f.seek(208 + 48 * i)
+            f.write(in_use + struct.pack(">I", 1 << 27))
+    process = tool.start("serve", "d", "--socket", "d.nbd", *keys(tool))
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    assert stop(process) == 0
+    assert not os.path.exists(tool.path("d.nbd"))
 
 
 IMPORTED = [("vdi", ""), ("vhdx", ""), ("vmdk", ""), ("vmdk", "subformat=twoGbMaxExtentSparse"),
