@@ -11,7 +11,7 @@ static _Thread_local unsigned calls;
 
 static void out_of_memory(void)
 {
-    fputs("cairn: out of memory\n", stderr);
+    (void)fputs("cairn: out of memory\n", stderr);
     abort();
 }
 

@@ -24,15 +24,13 @@ static int PRINTF_LIKE(4, 0) error_vset(struct error **err, enum error_class cla
     return -errnum;
 }
 
-int error_set(struct error **err, int errnum, const char *fmt, ...)
+void error_put(struct error **err, int errnum, const char *fmt, ...)
 {
     va_list args;
-    int r;
 
     va_start(args, fmt);
-    r = error_vset(err, ERROR_GENERIC, errnum, fmt, args);
+    (void)error_vset(err, ERROR_GENERIC, errnum, fmt, args);
     va_end(args);
-    return r;
 }
 
 int error_set_class(struct error **err, enum error_class class, int errnum, const char *fmt, ...)
@@ -46,7 +44,7 @@ int error_set_class(struct error **err, enum error_class class, int errnum, cons
     return r;
 }
 
-int error_wrap(struct error **err, int r, const char *fmt, ...)
+void error_prefix(struct error **err, const char *fmt, ...)
 {
     AUTO(free_ptr) char *prefix = NULL;
     char *text;
@@ -59,7 +57,6 @@ int error_wrap(struct error **err, int r, const char *fmt, ...)
     text = xasprintf("%s: %s", prefix, (*err)->text);
     free((*err)->text);
     (*err)->text = text;
-    return r;
 }
 
 const char *error_text(const struct error *err)

@@ -21,15 +21,32 @@ enum error_class {
     ERROR_DEVICE_NOT_FOUND,
 };
 
-/* Sets *err and returns -errnum. errnum is positive. */
-int error_set(struct error **err, int errnum, const char *fmt, ...) PRINTF_LIKE(3, 4);
+/*
+ * Sets *err and returns -errnum. errnum is positive. This and error_wrap() are no functions, so that compilers and analyzers know
+ * what they return: what is only set on success is not used after them.
+ */
+#define error_set(err, errnum, ...)                                                                \
+    ({                                                                                             \
+        int error_num_ = (errnum);                                                                 \
+        error_put((err), error_num_, __VA_ARGS__);                                                 \
+        -error_num_;                                                                               \
+    })
 
 /* As error_set(), with a class other than ERROR_GENERIC. */
 int error_set_class(struct error **err, enum error_class class, int errnum, const char *fmt, ...)
     PRINTF_LIKE(4, 5);
 
 /* Puts "<text>: " before the message of *err, which must be set. Returns r. */
-int error_wrap(struct error **err, int r, const char *fmt, ...) PRINTF_LIKE(3, 4);
+#define error_wrap(err, r, ...)                                                                    \
+    ({                                                                                             \
+        int error_wrapped_ = (r);                                                                  \
+        error_prefix((err), __VA_ARGS__);                                                          \
+        error_wrapped_;                                                                            \
+    })
+
+/* What these two do besides. */
+void error_put(struct error **err, int errnum, const char *fmt, ...) PRINTF_LIKE(3, 4);
+void error_prefix(struct error **err, const char *fmt, ...) PRINTF_LIKE(2, 3);
 
 const char *error_text(const struct error *err);
 enum error_class error_get_class(const struct error *err);

@@ -108,7 +108,7 @@ static const char *quoted(const char *text, char buf[static QUOTE_MAX + 4])
 
     for (; text[n] && n < QUOTE_MAX; n++)
         buf[n] = (char)(iscntrl((unsigned char)text[n]) ? '?' : text[n]);
-    strcpy(buf + n, text[n] ? "..." : "");
+    (void)stpcpy(buf + n, text[n] ? "..." : "");
     return buf;
 }
 

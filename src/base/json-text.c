@@ -163,7 +163,7 @@ static int parse_error(const char *text, size_t len, bool rewritten, const json_
     size_t n = 0;
 
     for (; e->text[n] && n + 1 < sizeof(what); n++)
-        what[n] = (e->text[n] >= ' ' && e->text[n] < 0x7f) ? e->text[n] : '?';
+        what[n] = (char)(e->text[n] >= ' ' && e->text[n] < 0x7f ? e->text[n] : '?');
     what[n] = '\0';
     if (json_error_code(e) == json_error_out_of_memory ||
         !e->text[0]) /* jansson is silent in some places */

@@ -60,11 +60,9 @@ static char *line_from_tree(json_t *tree, bool pretty)
 
     json_decref(tree);
     if (text) {
-        size_t len = strlen(text);
-
-        line = try_new_n(char, len + 3);
+        line = try_new_n(char, strlen(text) + sizeof("\r\n"));
         if (line)
-            memcpy(mempcpy(line, text, len), "\r\n", 2);
+            (void)stpcpy(stpcpy(line, text), "\r\n");
     }
     return line;
 }
@@ -281,7 +279,7 @@ static char *line_with_id(char *line, const char *id)
 
         end = stpcpy(end, ", \"id\": ");
         end = stpcpy(end, id);
-        strcpy(end, brace);
+        (void)stpcpy(end, brace);
     }
     free(line);
     return whole;
