@@ -29,6 +29,7 @@ struct vhdx_change {
 struct vhdx_log {
     struct vhdx_change *changes;
     unsigned count;
+    unsigned said;      /* also those that later ones have gone over */
     uint8_t *data;      /* what they point into */
     uint64_t file_size; /* what the file would have after the replay; 0: as it is */
 };

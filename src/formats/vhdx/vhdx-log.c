@@ -239,8 +239,11 @@ static int add_change(struct vhdx_log *log, const struct vhdx_change *c)
 {
     const struct vhdx_change *after;
     unsigned at;
-    int r = clear_range(log, c->offset, c->offset + c->len);
+    int r;
 
+    if (log->said++ == VHDX_CHANGES_MAX)
+        return -E2BIG; /* each takes time, too */
+    r = clear_range(log, c->offset, c->offset + c->len);
     if (r < 0)
         return r;
     after = vhdx_change_from(log, c->offset);
