@@ -5,7 +5,7 @@
  * FLUSH-1 The picture is taken before the first device flush of its cycle, so that this flush covers the data that the
  *         picture's entries point to, their refcounts, and zeroed tables.
  * FLUSH-2 That flush is left out if nothing in the picture needs it (Q4): entries that point to space which read as zeroes
- *         as their guest clusters did, and is durably counted, may reach the disk before the data.
+ *         as their guest clusters did, and is durably counted, may reach the disk before the data. Of a data file it is that file's.
  * FLUSH-3 A picture that did not reach the disk is dirty again, together with what changed since.
  * FLUSH-4 What was freed before the picture was taken is forgotten by the disk when the cycle has succeeded (Q1).
  * FLUSH-5 A flush is covered by every cycle that begins after it came.
@@ -55,7 +55,8 @@ struct picture {
     struct list memory; /* struct picture_memory */
     struct picture_memory *filling;
     bool ordered;
-    struct list freed; /* struct qcow2_run */
+    bool tables_ordered; /* that of L1 is */
+    struct list freed;   /* struct qcow2_run */
 
     /* Of the writers. */
     struct qcow2 *q;
@@ -161,6 +162,7 @@ static bool take_l1_locked(struct picture *p)
 {
     struct qcow2_map *map = &p->q->map;
 
+    p->tables_ordered = map->l1_ordered;
     p->ordered |= map->l1_ordered;
     for (size_t unit = 0; map->l1_any && unit < l1_units(p->q); unit++) {
         uint64_t bit = (uint64_t)1 << unit % 64;
@@ -267,11 +269,17 @@ static int co_fn write_all(struct picture *p)
     return p->result;
 }
 
+/* Does something in the image's own file have to be durable first? What L2 entries point to in a data file is so already. */
+static bool needs_sync(const struct picture *p)
+{
+    return p->count && (qcow2_has_data_file(p->q) ? p->tables_ordered : p->ordered);
+}
+
 static int co_fn write_picture(struct picture *p)
 {
     int r = qcow2_sync_data(p->q, p->by); /* DATA-2 */
 
-    if (r == 0 && p->ordered && p->count)
+    if (r == 0 && needs_sync(p))
         r = qcow2_sync(p->q, p->by);
     if (r == 0)
         r = write_all(p);
