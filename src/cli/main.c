@@ -7,6 +7,7 @@
 #include "cli/io/io-peer.h"
 #include "cli/nbd/nbd.h"
 #include "config.h"
+#include "daemon/process.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -100,6 +101,7 @@ int main(int argc, char **argv)
     struct error *err = NULL;
     int r;
 
+    process_hold_standard_streams();
     (void)signal(SIGPIPE, SIG_IGN); /* who writes sees it */
     log_set_hook(warn, LOG_WARNING);
     if (argc > 0 && personality_is_qemu_img(argv[0])) {

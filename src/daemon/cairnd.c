@@ -461,6 +461,7 @@ int main(int argc, char **argv)
     struct options o;
     int status;
 
+    process_hold_standard_streams();
     process_log_to_stderr(program);
     if (options_parse(&o, argc, argv, &err) < 0)
         return say_error(program, &err);

@@ -37,6 +37,17 @@ static void log_to_stderr(enum log_level level, const char *line)
                      MIN((size_t)len, sizeof(text) - 1)); /* nowhere to complain */
 }
 
+void process_hold_standard_streams(void)
+{
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++) {
+        bool is_open = fcntl(fd, F_GETFD) >= 0 || errno != EBADF;
+
+        /* The lowest free number is the one that it gets. */
+        if (!is_open && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
+            _exit(1); /* there is nobody to tell */
+    }
+}
+
 void process_log_to_stderr(const char *program)
 {
     log_name = program;

@@ -5,6 +5,12 @@
 
 #include "base/error.h"
 
+/*
+ * First of all: descriptors 0 to 2 that are closed are taken, so that no disk becomes one of them and gets what is printed. Using them
+ * fails as before.
+ */
+void process_hold_standard_streams(void);
+
 /* Log lines go to standard error, each after this name. The name is borrowed. */
 void process_log_to_stderr(const char *program);
 
