@@ -159,7 +159,8 @@ def test_dd_copies_windows(tools):
         tools.ours("dd", "if=top.qcow2", "of=part.raw", *words)
         begin = bs * skip
         with open(tools.path("part.raw"), "rb") as f:
-            assert f.read() == whole[begin:begin + bs * count if count else None], words
+            part = whole[begin:begin + bs * count if count else None]
+            assert f.read() == part + bytes(-len(part) % 512), words  # images are whole sectors
     tools.ours("dd", "-O", "qcow2", "if=top.qcow2", "of=part.qcow2", "bs=1M")
     tools.equal("top.qcow2", "part.qcow2")
 

@@ -305,8 +305,7 @@ static int read_option(struct amend *x, int opt, struct error **err)
 {
     switch (opt) {
     case 'o':
-        tool_join_options(&x->options, optarg);
-        return 0;
+        return tool_join_options(&x->options, optarg, err);
     case 't':
         return tool_read_cache(optarg, &x->cache, err);
     case 'p':

@@ -147,6 +147,8 @@ static int read_options(struct check_command *c, int argc, char **argv, struct e
 
     while (r == 0 && (opt = tool_next_option(argc, argv, "f:r:qUT:", options, err)) != -1)
         r = read_option(c, opt, err);
+    if (r == 0 && c->options.repair != QCOW2_REPAIR_NOTHING && c->spec.flags & IMAGE_SHARE)
+        r = error_set(err, EINVAL, "-U and -r exclude each other: who repairs shares nothing");
     if (r == 0)
         r = tool_only_image(&c->spec, argc, argv, err);
     return r;

@@ -64,14 +64,25 @@ static int co_fn read_both(struct compare *c, uint64_t at, size_t len, const str
     return 0;
 }
 
+/* Who was interrupted has found no difference. */
+static int refuse_interrupted(struct error **err)
+{
+    if (!cli_interrupted())
+        return 0;
+    cli_set_exit_status(COMPARE_CANNOT_READ);
+    return cli_interrupted_error(err);
+}
+
 /* 1: they are different, and it is said where. */
 static int co_fn compare_data(struct compare *c, uint64_t at, uint64_t len,
                               const struct extent e[2], struct error **err)
 {
     for (uint64_t end = at + len; at < end;) {
         size_t n = (size_t)MIN(CHUNK, end - at);
-        int r = read_both(c, at, n, e, err);
+        int r = refuse_interrupted(err);
 
+        if (r == 0)
+            r = read_both(c, at, n, e, err);
         if (r < 0)
             return r;
         for (size_t i = 0; memcmp(c->bufs[0]->data, c->bufs[1]->data, n) != 0; i += SECTOR) {
@@ -82,8 +93,6 @@ static int co_fn compare_data(struct compare *c, uint64_t at, uint64_t len,
         }
         at += n;
         c->bar.done += n;
-        if (cli_interrupted())
-            return cli_interrupted_error(err);
     }
     return 0;
 }
@@ -113,6 +122,9 @@ static int co_fn compare_all(struct compare *c, struct error **err)
         uint64_t len = at < common ? common - at : size - at;
         int r;
 
+        r = refuse_interrupted(err);
+        if (r < 0)
+            return r;
         if (at >= common && !warned)
             say(c, "Warning: Image size mismatch!\n");
         warned = at >= common;
@@ -149,7 +161,6 @@ static int co_fn control_fn compare(struct graph *g, void *arg, struct error **e
     int r = 0;
 
     for (unsigned i = 0; r == 0 && i < 2; i++) {
-        cli_set_exit_status(COMPARE_CANNOT_OPEN);
         c->bufs[i] = iobuf_new(CHUNK);
         r = c->bufs[i] ? image_co_open(&c->images[i], g, prefixes[i], &c->specs[i], err)
                        : error_set(err, ENOMEM, "no memory");
@@ -185,6 +196,8 @@ static int read_option(struct compare *c, int opt, struct error **err)
         r = tool_read_cache(optarg, &cache, err);
         for (unsigned i = 0; r == 0 && i < 2; i++)
             c->specs[i].flags |= cache.flags & IMAGE_DIRECT;
+        if (r < 0)
+            cli_set_exit_status(COMPARE_CANNOT_OPEN);
         return r;
     case 'p':
         c->progress = true;
@@ -223,8 +236,10 @@ static int compare_run(int argc, char **argv, struct error **err)
         r = read_option(&c, opt, err);
     if (r == 0 && argc - optind != 2)
         r = cli_usage(err, "Expecting two image file names");
-    if (r == 0)
-        r = tool_check_format(&c.specs[0], err);
+    if (r < 0)
+        return r;
+    cli_set_exit_status(COMPARE_CANNOT_OPEN);
+    r = tool_check_format(&c.specs[0], err);
     if (r == 0)
         r = tool_check_format(&c.specs[1], err);
     if (r < 0)

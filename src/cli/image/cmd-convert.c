@@ -76,26 +76,6 @@ static int co_fn control_fn open_sources(struct graph *g, struct convert *c, str
     return r;
 }
 
-static int refuse_same(const struct convert *c, struct error **err)
-{
-    struct stat target;
-
-    if (c->target_options || stat(c->target, &target) < 0 || S_ISCHR(target.st_mode))
-        return 0;
-    for (size_t i = 0; i < c->count; i++) {
-        for (size_t k = 0; k < c->sources[i].count; k++) {
-            const char *path = c->sources[i].layers[k].path;
-            struct stat st;
-
-            if (path && stat(path, &st) == 0 && st.st_dev == target.st_dev &&
-                st.st_ino == target.st_ino)
-                return error_set(err, EINVAL, "'%s' is read from, and would be overwritten",
-                                 c->target);
-        }
-    }
-    return 0;
-}
-
 static int co_fn control_fn check_backing(struct graph *g, const struct convert *c,
                                           struct error **err)
 {
@@ -237,8 +217,8 @@ static int co_fn control_fn convert(struct graph *g, void *arg, struct error **e
 
     c->sources = xnew_n(struct image, c->count);
     r = open_sources(g, c, err);
-    if (r == 0)
-        r = refuse_same(c, err);
+    if (r == 0 && !c->target_options)
+        r = image_refuse_in_use(g, c->target, err);
     if (r == 0 && c->o.has_size && c->o.size < c->total)
         r = error_set(err, EINVAL, "output file is smaller than input file");
     if (r == 0 && c->bitmaps)
@@ -350,6 +330,8 @@ static int check(struct convert *c, struct error **err)
     if (!image_format_known(c->format))
         return error_set(err, EINVAL, "Unknown file format '%s'", c->format);
     r = c->no_create ? 0 : check_new(c, err);
+    if (r == 0 && c->bitmaps && c->o.version == 2)
+        r = error_set(err, ENOTSUP, "images of version 2 (compat=0.10) cannot store bitmaps");
     if (r == 0 && c->compress && encryption_is_given(&c->o.encryption))
         r = error_set(err, EINVAL, "Compression and encryption not supported at the same time");
     return r;
@@ -418,8 +400,7 @@ static int read_option(struct convert *c, int opt, struct error **err)
         c->backing_format = optarg;
         return 0;
     case 'o':
-        tool_join_options(&c->options, optarg);
-        return 0;
+        return tool_join_options(&c->options, optarg, err);
     case 'n':
         c->no_create = true;
         return 0;

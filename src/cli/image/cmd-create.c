@@ -91,6 +91,8 @@ static int read_all(struct create *c, struct error **err)
     if (r == 0 && c->o.backing_file && !c->o.backing_format)
         r = error_set(err, EINVAL,
                       "Backing file specified without backing format, which is never guessed");
+    if (r == 0 && c->size && c->o.has_size)
+        r = error_set(err, EINVAL, "The image size must be specified only once");
     if (r == 0 && c->size) {
         r = tool_read_size("image size", c->size, &c->o.size, err);
         c->o.has_size = true;
@@ -111,8 +113,7 @@ static int read_option(struct create *c, int opt, struct error **err)
         c->backing_format = optarg;
         return 0;
     case 'o':
-        tool_join_options(&c->joined, optarg);
-        return 0;
+        return tool_join_options(&c->joined, optarg, err);
     case 'q':
         c->quiet = true;
         return 0;

@@ -153,8 +153,7 @@ static int read_option(struct measure *m, int opt, struct error **err)
         m->format = optarg;
         return 0;
     case 'o':
-        tool_join_options(&m->options, optarg);
-        return 0;
+        return tool_join_options(&m->options, optarg, err);
     case 'l':
         m->spec.snapshot = optarg;
         return 0;

@@ -26,11 +26,10 @@ static int new_size(const struct resize *x, uint64_t old, uint64_t *ret, struct 
     *ret = x->amount;
     if (x->text[0] == '+' && !checked_add(old, x->amount, ret))
         return error_set(err, EFBIG, "the new size is too large");
-    if (x->text[0] == '-') {
-        if (x->amount > old)
-            return error_set(err, EINVAL, "New image size must be positive");
-        *ret = old - x->amount;
-    }
+    if (x->text[0] == '-')
+        *ret = old - MIN(x->amount, old);
+    if (!*ret)
+        return error_set(err, EINVAL, "New image size must be positive");
     if (*ret < old && !x->shrink)
         return error_set(err, EINVAL,
                          "Use the --shrink option to perform a shrink operation: it deletes all "

@@ -286,9 +286,24 @@ int create_options_read(struct create_options *o, const char *text, struct error
     return r;
 }
 
+/* Also where it is one of several. */
+static bool asks_for_help(const char *text)
+{
+    AUTO(free_ptr) char *copy = xstrdup(text);
+
+    for (char *item = copy; item && *item;) {
+        char *next = cut_item(item);
+
+        if (strcmp(item, "help") == 0 || strcmp(item, "?") == 0)
+            return true;
+        item = next;
+    }
+    return false;
+}
+
 bool create_options_help(const char *format, const char *text)
 {
-    if (strcmp(text, "help") != 0 && strcmp(text, "?") != 0)
+    if (!asks_for_help(text))
         return false;
     printf("Supported %s options:\n", format);
     for (size_t i = 0; i < ARRAY_SIZE(known); i++) {
@@ -485,11 +500,11 @@ static int co_fn control_fn make_room(struct creation *c, uint64_t size, uint64_
 
 static int co_fn control_fn fill_raw(struct creation *c, struct error **err)
 {
-    int r = make_room(c, c->o->size, 0, err);
+    uint64_t size = align_up(c->o->size, 512); /* as users of the peer know it */
+    int r = make_room(c, size, 0, err);
 
     return r < 0 ? r
-                 : create_co_preallocate(c->backend, c->path, 0, c->o->size, c->o->preallocation,
-                                         err);
+                 : create_co_preallocate(c->backend, c->path, 0, size, c->o->preallocation, err);
 }
 
 static int co_fn control_fn fill_luks(struct creation *c, struct error **err)
@@ -553,6 +568,8 @@ static int co_fn control_fn create_data_file(struct graph *g, const char *filena
                                              struct error **err)
 {
     AUTO(free_ptr) char *path = image_data_path(filename, o->data_file);
+    AUTO(free_ptr)
+    char *backing = o->backing_file ? image_combine(filename, o->backing_file) : NULL;
     struct create_options raw = {
         .format = "raw",
         .size = align_up(o->size, 512),
@@ -561,6 +578,9 @@ static int co_fn control_fn create_data_file(struct graph *g, const char *filena
 
     if (is_same_file(path, filename))
         return error_set(err, EINVAL, "an image cannot be its own data file");
+    if (backing && is_same_file(path, backing))
+        return error_set(err, EINVAL, "the backing file '%s' cannot be the data file, too",
+                         backing);
     return create_co_image(g, path, &raw, flags, err);
 }
 
@@ -602,8 +622,17 @@ int create_co_image(struct graph *g, const char *filename, const struct create_o
     if (r < 0)
         return r;
     c.path = path = json_string_value(json_object_get(definition, "filename"));
+    if (!path) {
+        json_decref(definition);
+        return error_set(err, ENOTSUP, "'%s': images are made in files and devices only", filename);
+    }
     c.is_device =
         strcmp(json_string_value(json_object_get(definition, "driver")), "host_device") == 0;
+    r = image_refuse_in_use(g, path, err);
+    if (r < 0) {
+        json_decref(definition);
+        return r;
+    }
     is_new = access(path, F_OK) < 0;
     fd = c.is_device ? -1 : open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
     if (fd < 0 && !c.is_device) {

@@ -26,6 +26,9 @@
 
 #define SECTOR 512
 
+/* How deep options may be nested. */
+#define DOTTED_MAX 256
+
 static bool follow_all;
 static const char **allowed;
 static size_t allowed_count;
@@ -241,6 +244,53 @@ static int wanted_from_tree(struct wanted *w, json_t *tree, const char *format, 
     return complete_file(w->file, err);
 }
 
+/* `a.b` becomes `b` in an object `a`. Takes the value. */
+static int set_dotted(json_t *object, const char *key, size_t head_len, json_t *value,
+                      struct error **err)
+{
+    AUTO(free_ptr) char *head = xasprintf("%.*s", (int)head_len, key);
+    const char *rest = key + head_len + 1;
+    json_t *child = json_object_get(object, head);
+
+    if (!child) {
+        child = json_object();
+        json_object_set_new(object, head, child);
+    }
+    if (!json_is_object(child) || json_object_get(child, rest)) {
+        json_decref(value);
+        return error_set(err, EINVAL, "`%s` is given twice, in two ways", key);
+    }
+    json_object_set_new(child, rest, value);
+    return 0;
+}
+
+/* As the peer, names in JSON may be written like those of --image-opts. */
+static int nest_dotted(json_t *object, unsigned depth, struct error **err)
+{
+    const char *key;
+    json_t *value;
+    void *next;
+    int r = 0;
+
+    if (depth > DOTTED_MAX)
+        return error_set(err, EINVAL, "the options of the image are nested too deep");
+    json_object_foreach_safe(object, next, key, value)
+    {
+        const char *dot = strchr(key, '.');
+
+        if (r == 0 && dot)
+            r = set_dotted(object, key, (size_t)(dot - key), json_incref(value), err);
+        if (dot)
+            json_object_del(object, key);
+    }
+    json_object_foreach(object, key, value)
+    {
+        if (r == 0 && json_is_object(value))
+            r = nest_dotted(value, depth + 1, err);
+    }
+    return r;
+}
+
 static int wanted_from_text(struct wanted *w, const char *text, const char *format,
                             struct error **err)
 {
@@ -248,6 +298,11 @@ static int wanted_from_text(struct wanted *w, const char *text, const char *form
     json_t *tree;
     int r = keyval_load(text, NULL, &tree, &mode, err);
 
+    if (r == 0) {
+        r = json_is_object(tree) ? nest_dotted(tree, 0, err) : 0;
+        if (r < 0)
+            json_decref(tree);
+    }
     return r < 0 ? r : wanted_from_tree(w, tree, format, err);
 }
 
@@ -299,10 +354,15 @@ int image_co_backend(struct backend **ret, struct graph *g, const char *node, st
     return r;
 }
 
+static bool is_written(const struct image *image, size_t i)
+{
+    return (image->flags & IMAGE_WRITE) && (i == 0 || i == image->base);
+}
+
 /* What all nodes of a layer have in common. The user's own words go first. */
 static void set_common(json_t *def, const struct image *image, size_t i)
 {
-    bool writes = (image->flags & IMAGE_WRITE) && (i == 0 || i == image->base);
+    bool writes = is_written(image, i);
 
     if (!writes)
         json_object_set_new(def, "read-only", json_true());
@@ -323,12 +383,51 @@ static void set_detect_zeroes(json_t *def, const struct image *image, size_t i)
         json_object_set_new(def, "detect-zeroes", json_string(image->detect_zeroes));
 }
 
+static bool is_same_file(const char *a, const char *b)
+{
+    struct stat x;
+    struct stat y;
+
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+struct file_search {
+    const char *path;
+    bool found;
+};
+
+static void look_for_file(struct node *node, void *arg)
+{
+    struct file_search *s = arg;
+    const char *path = node_filename(node);
+
+    s->found = s->found || (path && is_same_file(path, s->path));
+}
+
+int image_refuse_in_use(struct graph *g, const char *path, struct error **err)
+{
+    struct file_search s = {.path = path};
+    struct stat st;
+
+    if (stat(path, &st) < 0 || S_ISCHR(st.st_mode))
+        return 0;
+    graph_for_each_node(g, look_for_file, &s);
+    return s.found ? error_set(err, EINVAL, "'%s' is read from, and would be overwritten", path)
+                   : 0;
+}
+
 static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t *file,
                                            struct error **err)
 {
     struct image_layer *layer = &image->layers[i];
-    json_t *def = json_deep_copy(file);
+    json_t *def;
+    int r = layer->path && is_written(image, i)
+                ? image_refuse_in_use(image->graph, layer->path, err)
+                : 0;
 
+    if (r < 0)
+        return r;
+    def = json_deep_copy(file);
     if (!def)
         return error_set(err, ENOMEM, "no memory");
     json_object_set_new(def, "node-name", json_string(layer->file_node));
@@ -336,14 +435,6 @@ static int co_fn control_fn open_file_node(struct image *image, size_t i, json_t
     if (layer->node == layer->file_node)
         set_detect_zeroes(def, image, i);
     return image_co_add_node(image->graph, def, err);
-}
-
-static bool is_same_file(const char *a, const char *b)
-{
-    struct stat x;
-    struct stat y;
-
-    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 /* The definition of the data file's node: what the command line says, or what the image names (Q6). */
@@ -382,6 +473,11 @@ static int co_fn control_fn open_data_file(struct image *image, size_t i, struct
     if (layer->path && name && is_same_file(layer->path, name)) {
         json_decref(def);
         return error_set(err, EINVAL, "data file of '%s': it is the image itself", layer->filename);
+    }
+    r = name && is_written(image, i) ? image_refuse_in_use(image->graph, name, err) : 0;
+    if (r < 0) {
+        json_decref(def);
+        return error_wrap(err, r, "data file of '%s'", layer->filename);
     }
     layer->data_filename = xstrdup(!given ? layer->header.data_file : name ? name : "data-file");
     layer->data_node = xasprintf("%s%zu.data", image->prefix, i);
@@ -438,7 +534,14 @@ static int check_format_options(const struct image *image, struct error **err)
     return r;
 }
 
-/* Such a format has no header of its own here: its node says what the disk is. */
+/* Such a format has no header of its own here, or options that change what it is: its node says what the disk is. */
+static bool node_says(const struct image_layer *layer)
+{
+    return is_import(layer->format) ||
+           (layer->options && strcmp(layer->format, "raw") == 0 &&
+            (json_object_get(layer->options, "offset") || json_object_get(layer->options, "size")));
+}
+
 static int co_fn control_fn open_imported(struct image *image, size_t i, struct error **err)
 {
     struct image_layer *layer = &image->layers[i];
@@ -451,7 +554,8 @@ static int co_fn control_fn open_imported(struct image *image, size_t i, struct 
     layer->imported = true;
     layer->imported_size = node_size(node);
     (void)node_allocated_bytes(node, &layer->disk_bytes); /* there may be several files */
-    layer->imported_cluster = node_driver(node)->cluster_bytes(node);
+    if (node_driver(node)->cluster_bytes)
+        layer->imported_cluster = node_driver(node)->cluster_bytes(node);
     return 0;
 }
 
@@ -668,7 +772,9 @@ static int co_fn control_fn add_layer(struct image *image, struct wanted *w, str
         return error_set(err, E2BIG, "there are more than %d backing files", IMAGE_LAYERS_MAX - 1);
     if (path) {
         layer->path = xstrdup(path);
-        layer->filename = xstrdup(w->shown ? w->shown : path);
+        /* So that it can be given to a tool again. */
+        layer->filename = xasprintf("%s%s", !w->shown && protocol_len(path) ? "./" : "",
+                                    w->shown ? w->shown : path);
     } else {
         AUTO(free_ptr) char *text = json_dumps(w->file, JSON_COMPACT);
 
@@ -693,7 +799,7 @@ static int co_fn control_fn add_layer(struct image *image, struct wanted *w, str
     }
     if (r == 0)
         r = look_at(image, i, err);
-    return r == 0 && is_import(layer->format) ? open_imported(image, i, err) : r;
+    return r == 0 && node_says(layer) ? open_imported(image, i, err) : r;
 }
 
 /* Does it say more of the backing file that the image names, such as its key, and not which file that is? */
@@ -810,8 +916,10 @@ static int co_fn control_fn open_all(struct image *image, const struct image_spe
         r = refuse_missing_base(image, err);
     if (r == 0 && image->snapshot && strcmp(image_format(image), "qcow2") != 0)
         r = error_set(err, ENOTSUP, "images of format %s have no snapshots", image_format(image));
-    if (r == 0 && image->flags & IMAGE_FILE)
-        return check_format_options(image, err);
+    if (r == 0 && image->flags & (IMAGE_FILE | IMAGE_HEADERS))
+        r = check_format_options(image, err);
+    if (image->flags & IMAGE_FILE)
+        return r;
     if (r == 0 && !(image->flags & IMAGE_HEADERS))
         r = open_formats(image, err);
     if (r == 0 && !(image->flags & (IMAGE_HEADERS | IMAGE_SEPARATE | IMAGE_COMMIT | IMAGE_NODES)))

@@ -118,6 +118,8 @@ char *image_combine(const char *base, const char *name);
 char *image_data_path(const char *base, const char *name);
 /* The definition of the node of a file or device that is named by its path. */
 int image_file_definition(const char *name, json_t **ret, struct error **err);
+/* -EINVAL if a node of the graph has the file or block device `path`: locks do not keep it where others may write (-U). */
+int control_fn image_refuse_in_use(struct graph *g, const char *path, struct error **err);
 /* What can be read. */
 bool image_format_known(const char *format);
 /* "raw", "qcow2", "luks": what can be made and written, too. */

@@ -22,8 +22,14 @@ bool personality_is_qemu_img(const char *argv0)
     return strcmp(slash ? slash + 1 : argv0, "qemu-img") == 0;
 }
 
+static void print_version(void)
+{
+    printf("qemu-img version " PEER_VERSION " (cairn " CAIRN_VERSION ")\n");
+}
+
 static int print_help(void)
 {
+    print_version();
     printf("usage: qemu-img [standard options] command [command options]\n"
            "QEMU disk image utility, as cairn " CAIRN_VERSION " has it\n\n"
            "    '-h', '--help'       display this help and exit\n"
@@ -32,7 +38,7 @@ static int print_help(void)
     for (size_t i = 0; image_commands[i]; i++)
         printf("  %s %s\n", image_commands[i]->name, image_commands[i]->arguments);
     printf("\n`qemu-img COMMAND --help` says more about one of them.\n\n"
-           "Supported formats: file host_device null-co qcow2 raw vdi vhdx vmdk vpc\n");
+           "Supported formats: file host_device luks null-co qcow2 raw vdi vhdx vmdk vpc\n");
     return 0;
 }
 
@@ -79,7 +85,7 @@ int personality_qemu_img(int argc, char **argv)
     if (strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)
         return print_help();
     if (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0) {
-        printf("qemu-img version " PEER_VERSION " (cairn " CAIRN_VERSION ")\n");
+        print_version();
         return 0;
     }
     for (size_t i = 0; image_commands[i]; i++) {

@@ -72,12 +72,27 @@ int tool_image_option(struct image_spec *spec, int opt)
     }
 }
 
-void tool_join_options(char **options, const char *text)
+/* A comma at an end would change its meaning with what comes next to it. */
+static bool is_option_list(const char *text)
 {
-    char *joined = *options ? xasprintf("%s,%s", *options, text) : xstrdup(text);
+    const char *end = text + strlen(text);
+    const char *p = end;
 
+    while (p > text && p[-1] == ',')
+        p--;
+    return *text && *text != ',' && (end - p) % 2 == 0;
+}
+
+int tool_join_options(char **options, const char *text, struct error **err)
+{
+    char *joined;
+
+    if (!is_option_list(text))
+        return error_set(err, EINVAL, "Invalid option list: %s", text);
+    joined = *options ? xasprintf("%s,%s", *options, text) : xstrdup(text);
     free(*options);
     *options = joined;
+    return 0;
 }
 
 int tool_read_output(const char *text, bool *ret_json, struct error **err)
@@ -109,8 +124,10 @@ int tool_read_number(const char *what, const char *text, uint64_t min, uint64_t 
 
 int tool_read_bool(const char *what, const char *text, bool *ret, struct error **err)
 {
-    *ret = strcmp(text, "on") == 0 || strcmp(text, "yes") == 0 || strcmp(text, "true") == 0;
-    if (!*ret && strcmp(text, "off") != 0 && strcmp(text, "no") != 0 && strcmp(text, "false") != 0)
+    *ret = strcmp(text, "on") == 0 || strcmp(text, "yes") == 0 || strcmp(text, "true") == 0 ||
+           strcmp(text, "y") == 0;
+    if (!*ret && strcmp(text, "off") != 0 && strcmp(text, "no") != 0 &&
+        strcmp(text, "false") != 0 && strcmp(text, "n") != 0)
         return error_set(err, EINVAL, "Parameter '%s' expects 'on' or 'off'", what);
     return 0;
 }

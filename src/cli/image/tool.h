@@ -39,8 +39,8 @@ int tool_next_option(int argc, char **argv, const char *letters, const struct op
                      struct error **err);
 /* Of the image that the tool is about: -f, -U and --image-opts. 0; another option is returned as it is. */
 int tool_image_option(struct image_spec *spec, int opt);
-/* One more of several -o, behind a comma; freed by the caller. */
-void tool_join_options(char **options, const char *text);
+/* One more of several -o, behind a comma; freed by the caller. -EINVAL for what is no list. */
+int tool_join_options(char **options, const char *text, struct error **err);
 /* --output. */
 int tool_read_output(const char *text, bool *ret_json, struct error **err);
 /* A size as the peer takes them; `what` is named in the error. -EINVAL. */

@@ -224,7 +224,9 @@ int io_help(struct io *io, int argc, char **argv)
     (void)io;
     if (argc > 1 && !c) {
         printf("command %s not found\n", argv[1]);
-    } else if (c) {
+        return -EINVAL;
+    }
+    if (c) {
         print_usage(c);
         if (c->help)
             printf("\n%s\n", c->help);
