@@ -316,6 +316,37 @@ static void test_fault__whoever_watches_is_told(void **state)
     in_world(keep_diary);
 }
 
+static void let_all_go(void *arg, const char *tag)
+{
+    struct world *w = arg;
+
+    (void)tag;
+    fault_resume_all(w->fault);
+}
+
+/* As another thread may: between the breakpoint and the wait. */
+static void let_go_before_it_waits(struct world *w)
+{
+    struct fault_watcher watcher = {NULL, let_all_go, NULL, w};
+    uint64_t begun = loop_clock();
+    struct ask a;
+
+    fault_watch(w->fault, &watcher);
+    must_break(w, "write_aio", "A");
+    start(w, &a, REQUEST_WRITE, 0, CLUSTER, 0x11);
+    co_scope_set_deadline(&w->scope, loop_clock() + NS_PER_S);
+    co_scope_join(&w->scope);
+    assert_int_equal(a.result, 0);
+    assert_true(loop_clock() - begun < NS_PER_S);
+    co_scope_init(&w->scope);
+}
+
+static void test_fault__nobody_waits_after_all_were_let_go(void **state)
+{
+    (void)state;
+    in_world(let_go_before_it_waits);
+}
+
 /* ---- drains, cancellation, the end ---- */
 
 static void resize_while_held(struct world *w)

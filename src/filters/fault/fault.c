@@ -5,6 +5,7 @@
  * FAULT-1 A request that comes to an event takes all breakpoints of that event with it, and goes on when each of them has been
  *         given back. They are in `breaks` or with one request.
  * FAULT-2 A held request is listed until somebody ends its wait: whoever resumes it, or itself, under the lock.
+ * FAULT-3 Nobody is listed whose breakpoints were taken before all were let go: nobody would come for him.
  */
 #include "filters/fault/fault.h"
 #include "base/alloc.h"
@@ -32,6 +33,7 @@ struct held {
     struct fault *fault;
     struct list link;
     struct list breaks; /* struct breakpoint */
+    uint64_t let_go;    /* fault.let_go when they were taken */
     bool listed;
 };
 
@@ -42,6 +44,7 @@ struct fault {
     struct list breaks; /* struct breakpoint, the newest first */
     struct list held;   /* struct held, the newest first */
     unsigned count;     /* atomic; of `breaks` */
+    uint64_t let_go;    /* how often all were */
 };
 
 static int co_fn control_fn fault_co_open(struct node *node, const void *options,
@@ -121,6 +124,7 @@ static void take_locked(struct fault *f, struct held *h, enum event event)
     struct breakpoint *b;
     struct breakpoint *next;
 
+    h->let_go = f->let_go;
     list_for_each_safe (&f->breaks, b, next, link) {
         if (b->event != event)
             continue;
@@ -134,6 +138,7 @@ static void co_fn fault_co_event(struct node *node, enum event event, const stru
 {
     struct fault *f = node_state(node);
     struct held h = {.fault = f};
+    bool waits;
 
     if (likely(!atomic_get(&f->count)) || !by->pass->slot || /* a change's own: it is the drain */
         (f->watcher.may_hold && !f->watcher.may_hold(f->watcher.arg, by)))
@@ -147,10 +152,13 @@ static void co_fn fault_co_event(struct node *node, enum event event, const stru
         return;
     tell_held(f, &h.breaks);
     tiny_lock_acquire(&f->lock);
-    list_insert_before(f->held.next, &h.link);
-    h.listed = true;
+    h.listed = h.let_go == f->let_go; /* FAULT-3 */
+    if (h.listed)
+        list_insert_before(f->held.next, &h.link);
+    waits = h.listed;
     tiny_lock_release(&f->lock);
-    (void)co_park(by, &h.parked); /* it goes on, whatever has ended the wait */
+    if (waits)
+        (void)co_park(by, &h.parked); /* it goes on, whatever has ended the wait */
     tell_resumed(f, &h.breaks);
 }
 
@@ -283,6 +291,7 @@ void fault_resume_all(struct node *node)
     tiny_lock_acquire(&f->lock);
     list_splice(&all, &f->breaks);
     atomic_set(&f->count, 0u);
+    f->let_go++;
     tiny_lock_release(&f->lock);
     free_breaks(&all);
     for (;;) {
