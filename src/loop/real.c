@@ -201,6 +201,9 @@ bool real_try_inline(struct io_op *op)
     case IO_ZERO:
     case IO_TRUNCATE:
     case IO_EXTENTS:
+    case IO_STAT:
+    case IO_LOCK:
+    case IO_LOCK_TEST:
         if (!op->file->on_tmpfs || loop->now_ns - loop->tick_ns >= INLINE_TICK_NS)
             return false;
         op->result = op_blocking(op);

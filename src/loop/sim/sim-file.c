@@ -678,7 +678,7 @@ int64_t sim_file_inline_rw(struct file *f, bool write, uint64_t offset, const st
 static bool is_inline_on_tmpfs(enum io_op_kind kind)
 {
     return kind == IO_SYNC || kind == IO_PUNCH || kind == IO_ZERO || kind == IO_TRUNCATE ||
-           kind == IO_EXTENTS;
+           kind == IO_EXTENTS || kind == IO_STAT || kind == IO_LOCK || kind == IO_LOCK_TEST;
 }
 
 bool sim_file_try_inline(struct io_op *op)
