@@ -18,8 +18,7 @@ import images
 import rows as rowlib
 
 DATA = 512 * images.MIB
-PEER = ("qemu-img", "convert", "-W", "-m", "16", "-t", "none", "-T", "none")
-COLD = ("qemu-img", "convert", "-W", "-m", "16")
+BEST = ("qemu-img", "convert", "-W", "-m", "16")
 
 
 class Commands(images.Family):
@@ -84,12 +83,16 @@ class Commands(images.Family):
 
 
 def _convert(source, target):
+    """In order against dd, and qemu-img in order; in any order against qemu-img at its best. dd's way takes one processor, as ours."""
     words = ("-f", source, "-O", target, source, "out")
-    points = {"cairn": ("cairn", "convert", *words), "cairn'": ("cairn", "convert", *words), "qemu-img": (*COLD, *words),
-              "qemu-img -t none": (*PEER, *words), "dd": ("dd", f"if={source}", "of=out", "bs=1M")}
-    judged = [rowlib.at_most("must", metric, peer, bound, what) for metric, what in (("wall_ms", "time"), ("cpu_ms", "CPU time"))
-              for peer, bound in (("dd", 1 / 0.9), ("qemu-img", 1), ("qemu-img -t none", 1))]
-    return images.Row(f"tool-convert-{source}-{target}", Commands, points, tuple(points), ("cairn", "cairn'"), (("cairn", judged),))
+    points = {"cairn": ("cairn", "convert", *words), "cairn'": ("cairn", "convert", *words), "cairn -W": ("cairn", "convert", "-W", *words),
+              "qemu-img": ("qemu-img", "convert", *words), "qemu-img -W": (*BEST, *words),
+              "qemu-img -W -t none": (*BEST, "-t", "none", "-T", "none", *words), "dd": ("dd", f"if={source}", "of=out", "bs=1M")}
+    beside = {"cairn": (("dd", 1 / 0.9), ("qemu-img", 1)), "cairn -W": (("qemu-img -W", 1), ("qemu-img -W -t none", 1))}
+    return images.Row(f"tool-convert-{source}-{target}", Commands, points, tuple(points), ("cairn", "cairn'"), tuple(
+        (point, [rowlib.at_most("must", metric, peer, bound, f"{point}: {what}")
+                 for metric, what in (("wall_ms", "time"), ("cpu_ms", "CPU time")) for peer, bound in peers])
+        for point, peers in beside.items()))
 
 
 def _within(name, limit_ms, *command):
@@ -104,15 +107,8 @@ def _like(name, points, *judged):
                       (("cairn", [rowlib.at_most(*j) for j in judged]),))
 
 
-def _unordered(source, target):
-    words = ("-f", source, "-O", target, source, "out")
-    points = {"cairn": ("cairn", "convert", "-W", *words), "qemu-img": (*COLD, *words), "dd": ("dd", f"if={source}", "of=out", "bs=1M")}
-    return _like(f"convert-unordered-{source}-{target}", points,
-                 *(("must", "wall_ms", peer, bound, "time") for peer, bound in (("dd", 1 / 0.9), ("qemu-img", 1))))
-
-
 def _and_on_one_cpu(*command):
-    return {"cairn": ("cairn", *command), "cairn on one CPU": ("taskset", "-c", "0", "cairn", *command), "qemu-img": (*COLD, *command[1:])}
+    return {"cairn": ("cairn", *command), "cairn on one CPU": ("taskset", "-c", "0", "cairn", *command), "qemu-img": (*BEST, *command[1:])}
 
 
 def _compress(kind, source):
@@ -130,14 +126,13 @@ def _decompress(kind):
 
 ROWS = [
     *(_convert(source, target) for source in ("raw", "qcow2") for target in ("raw", "qcow2")),
-    _unordered("raw", "raw"),
     _compress("zlib", "text"),
     _compress("zstd", "hex"),
     *(_decompress(kind) for kind in ("zlib", "zstd")),
     _within("convert-empty-8T", 1000, "convert", "-O", "qcow2", "empty-8T", "out"),
     _like("convert-sparse-16T", {"cairn": ("cairn", "convert", "-O", "qcow2", "sparse-16T", "out"),
                                  "cairn dense": ("cairn", "convert", "-O", "qcow2", "qcow2", "out"),
-                                 "qemu-img": (*COLD, "-O", "qcow2", "sparse-16T", "out")},
+                                 "qemu-img": (*BEST, "-O", "qcow2", "sparse-16T", "out")},
           ("must", "cpu_ms", "cairn dense", 2.0, "CPU time")),
     # Where the data lie in no order, qemu-img takes more than a minute.
     _like("check-100G", {"cairn": ("cairn", "check", "full-100G"), "cairn shuffled": ("cairn", "check", "shuffled-100G"),
