@@ -223,6 +223,22 @@ static void windows(struct world *w)
     assert_int_equal(backend_co_copy(w->well, 0, b, 100, 512, 0), -EOPNOTSUPP);
     assert_int_equal(backend_co_copy(b, 0, w->well, 0, 100, 0), -EOPNOTSUPP);
     backend_co_free(b);
+    must_del(w->graph, "direct");
+}
+
+/* A file that ends within a unit: the node shows zeroes there, of which the host knows nothing. */
+static void end_of_file(struct world *w)
+{
+    struct backend *b;
+
+    must_add(w->graph, "{'driver':'file','node-name':'direct','filename':'/disk/odd',"
+                       "'cache':{'direct':true}}");
+    b = must_attach(w->graph, "direct", ACCESS_RW, "test");
+    assert_int_equal(backend_size(b), 1024);
+    assert_int_equal(backend_co_copy(b, 0, w->well, 0, 1024, 0), -EOPNOTSUPP);
+    assert_int_equal(backend_co_copy(b, 0, w->well, 0, 512, 0), 0);
+    must_hold(w->well, 0, 512, 'o');
+    backend_co_free(b);
 }
 
 static void with_other_file(struct world *w)
@@ -231,7 +247,9 @@ static void with_other_file(struct world *w)
 
     memset(data, 'o', sizeof(data));
     sim_disk_write(w->disk, "/disk/other", 0, data, sizeof(data));
+    sim_disk_write(w->disk, "/disk/odd", 0, data, 1000);
     windows(w);
+    end_of_file(w);
 }
 
 static void test_qcow2_offload__knows_where_windows_lie(void **state)
