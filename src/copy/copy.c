@@ -9,6 +9,12 @@
 #include <assert.h>
 #include <errno.h>
 
+/*
+ * How long the host may take for one copy. Meanwhile it is inside source and target, so that a change of the source would wait for the
+ * target's host (P4): past the bound the wait ends, and all else is pulled and pushed.
+ */
+#define OFFLOAD_NS NS_PER_S
+
 /* The rate limit gives out its bytes in slices of this length. */
 #define SLICE_NS (100 * NS_PER_MS)
 
@@ -110,6 +116,11 @@ static void co_fn fit_to_extent(struct copy *c, struct copy_piece *piece)
     c->next = MAX(c->next, piece->offset + piece->len);
 }
 
+static uint64_t claim_size(const struct copy *c)
+{
+    return c->offload ? MAX(c->chunk, COPY_OFFLOAD_CHUNK) : c->chunk;
+}
+
 /* C1. The next run, from where the last claim ended, or of what is urgent. 1: claimed. 0: there is none. */
 static int co_fn claim(struct copy *c, struct copy_piece *piece)
 {
@@ -129,9 +140,9 @@ static int co_fn claim(struct copy *c, struct copy_piece *piece)
         if (r == 1) /* it was copied meanwhile, and this is something else */
             bitmap_set(c->work, piece->offset, piece->len);
     }
-    r = bitmap_claim(c->work, c->next, c->chunk, &piece->offset, &piece->len);
+    r = bitmap_claim(c->work, c->next, claim_size(c), &piece->offset, &piece->len);
     if (r == 0)
-        r = bitmap_claim(c->work, 0, c->chunk, &piece->offset, &piece->len);
+        r = bitmap_claim(c->work, 0, claim_size(c), &piece->offset, &piece->len);
     if (r <= 0)
         return r;
     c->next = piece->offset + piece->len;
@@ -224,11 +235,59 @@ static int co_fn push_surely(struct copy *c, const struct copy_piece *piece, str
     }
 }
 
+struct offloading {
+    struct copy *copy;
+    struct copy_piece *piece;
+    int result;
+};
+
+static void co_fn offload_main(void *arg)
+{
+    struct offloading *o = arg;
+
+    o->result = o->copy->policy->co_offload(o->copy->arg, o->piece);
+}
+
+/* With the bound. */
+static int co_fn offload_in_time(struct copy *c, struct copy_piece *piece)
+{
+    struct offloading o = {.copy = c, .piece = piece, .result = -ENOMEM};
+    struct co_scope scope;
+
+    co_scope_init(&scope);
+    co_scope_set_deadline(&scope, loop_clock() + OFFLOAD_NS);
+    (void)co_scope_start(&scope, offload_main, &o);
+    co_scope_join(&scope);
+    return o.result;
+}
+
+/* Of the piece, or of a first part of it. 1: the host has copied it. 0: it is to be pulled and pushed. */
+static int co_fn offload(struct copy *c, struct copy_piece *piece)
+{
+    const struct copy_piece whole = *piece;
+    int r;
+
+    if (!c->offload || piece->zero)
+        return 0;
+    r = wait_for_rate(c, 0);
+    if (r < 0)
+        return r;
+    r = offload_in_time(c, piece);
+    if (r == 0) {
+        c->slice_bytes += atomic_get(&c->speed) ? piece->len : 0;
+        return 1;
+    }
+    c->offload &= r == -EOPNOTSUPP;
+    *piece = whole;
+    return 0;
+}
+
 static int co_fn copy_piece(struct copy *c, struct copy_piece *piece, struct iobuf *buf)
 {
-    int r = pull(c, piece, buf);
+    int by_host = offload(c, piece);
+    int r = by_host ? MIN(by_host, 0) : pull(c, piece, buf);
 
-    if (r == 0)
+    if (r == 0 && !by_host)
         r = push_surely(c, piece, buf);
     if (r < 0)
         return r;

@@ -20,6 +20,8 @@
 
 /* How much is copied at once where nothing else is said: what the processor's caches hold. */
 #define COPY_CHUNK_DEFAULT ((uint64_t)256 << 10)
+/* How much the host copies at once. */
+#define COPY_OFFLOAD_CHUNK ((uint64_t)2 << 20)
 /* How much may be zeroed at once. */
 #define COPY_ZERO_MAX    ((uint64_t)1 << 30)
 #define COPY_WORKERS_MAX 64
@@ -40,6 +42,12 @@ struct copy_policy {
      * piece by piece, would cost more than copying it, since a host may walk the whole file to find the next hole.
      */
     int (*co_pull)(void *arg, struct copy_piece *piece, struct iobuf *buf);
+    /*
+     * Instead of a pull and a push: lets the host copy data of the piece, or of a first part of it, to the target, without a buffer.
+     * An error means that nothing has happened that a pull and a push will not set right; only after -EOPNOTSUPP this is asked
+     * for again. May be NULL.
+     */
+    int (*co_offload)(void *arg, struct copy_piece *piece);
     /* The piece is on the target; or is left out, for COPY_SKIP. */
     void (*co_pushed)(void *arg, const struct copy_piece *piece, bool skipped);
     /* Waits while the job is paused; -ECANCELED ends the copy. Called between pieces. */
@@ -63,6 +71,7 @@ struct copy {
     uint64_t chunk;
     unsigned workers;
     bool compress; /* the target compresses what has whole granules */
+    bool offload;  /* by the policy's co_offload, until that fails */
 
     /* Atomic. */
     uint64_t speed; /* bytes/s; 0: no limit */

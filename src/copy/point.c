@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/macros.h"
 #include "copy/saved.h"
+#include "graph/offload.h"
 #include "graph/overlap.h"
 #include "loop/co.h"
 #include "loop/file.h"
@@ -398,6 +399,40 @@ int point_co_pull(struct point *p, struct backend *source, struct copy_piece *pi
         r = read_saved(p, piece, buf);
     if (r == 0 && point_broken(p))
         return -ESTALE; /* a guest may have overtaken us: what was read may be new */
+    return r;
+}
+
+/* As far as blocks from the first on are uncaught: their length. */
+static uint64_t uncaught_from(const struct point *p, uint64_t offset, uint64_t len)
+{
+    uint64_t first;
+    uint64_t found;
+
+    if (!bitmap_next_dirty(p->uncaught, offset, offset + len, &first, &found) || first > offset)
+        return 0;
+    return MIN(found, len);
+}
+
+int point_co_offload(struct point *p, struct backend *source, struct backend *target,
+                     struct copy_piece *piece)
+{
+    struct overlap_range range;
+    int r;
+
+    piece->len = uncaught_from(p, piece->offset, piece->len);
+    if (!piece->len)
+        return -EOPNOTSUPP;
+    r = backend_co_copy(source, piece->offset, target, piece->offset, piece->len, 0);
+    if (r == 0)
+        r = overlap_begin(&p->overlap, &range, piece->offset, piece->len, true);
+    if (r < 0)
+        return r;
+    /* POINT-4. Who breaks the point says so before he lets guests go on. */
+    if (uncaught_from(p, piece->offset, piece->len) < piece->len || point_broken(p))
+        r = -EOPNOTSUPP;
+    else
+        (void)caught(p, piece->offset, piece->len); /* without memory more is saved than need be */
+    overlap_end(&p->overlap, &range);
     return r;
 }
 

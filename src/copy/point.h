@@ -9,6 +9,8 @@
  * POINT-2 The saved blocks are found by region; what the target has is forgotten.
  * POINT-3 Saving a guest's write is bounded in time, memory and scratch space. Beyond the bound the point breaks: nothing is
  *         saved any more, readers get an error, and the guest goes on (P3).
+ * POINT-4 Who copies without the range looks at the bits afterwards, with the range: those that are still there have been there all
+ *         the time, and no change of their blocks had gone out before.
  */
 #ifndef CAIRN_COPY_POINT_H
 #define CAIRN_COPY_POINT_H
@@ -69,6 +71,13 @@ int co_fn point_co_save(struct point *p, struct edge *source, struct request *re
 /* Gets a piece of the point, as copy_policy.co_pull; `source` leads to the same node. -ESTALE when the point is broken. */
 int co_fn point_co_pull(struct point *p, struct backend *source, struct copy_piece *piece,
                         struct iobuf *buf);
+/*
+ * As a pull and a push together, for what only the source holds: the host copies it to the target, or a first part of it. The copy is
+ * made first, without keeping guests from the range; it counts if the source has been the only one to hold the range until after it
+ * (POINT-4). -EOPNOTSUPP where it does not count, and what the copy comes to: then a pull says what the point holds.
+ */
+int co_fn point_co_offload(struct point *p, struct backend *source, struct backend *target,
+                           struct copy_piece *piece);
 /* Nobody will ask for this range: it is not saved any more, and what was saved of it can go. Waits for saves under way. */
 void co_fn point_co_leave_out(struct point *p, uint64_t offset, uint64_t len);
 /* The target has this: what was saved of it can go. */

@@ -141,6 +141,7 @@ static int co_fn control_fn make_parts_in_time(struct backup *b, const struct ba
 }
 
 static int backup_pull(void *arg, struct copy_piece *piece, struct iobuf *buf);
+static int backup_offload(void *arg, struct copy_piece *piece);
 static void backup_co_pushed(void *arg, const struct copy_piece *piece, bool skipped);
 static void backup_worker(void *arg, bool begins);
 static int backup_pause_point(void *arg);
@@ -149,6 +150,7 @@ static bool backup_urgent(void *arg, uint64_t *ret_offset, uint64_t *ret_len);
 
 static const struct copy_policy engine_policy = {
     .co_pull = backup_pull,
+    .co_offload = backup_offload,
     .co_pushed = backup_co_pushed,
     .co_pause_point = backup_pause_point,
     .worker = backup_worker,
@@ -189,6 +191,7 @@ int backup_co_new(struct backup **ret, struct graph *g, const struct backup_opti
         .chunk = o->chunk,
         .workers = o->workers,
         .compress = o->compress,
+        .offload = o->offload && !o->compress,
         .speed = o->speed,
     };
     *ret = b;
@@ -320,6 +323,13 @@ static int co_fn backup_pull(void *arg, struct copy_piece *piece, struct iobuf *
     struct backup *b = arg;
 
     return point_co_pull(b->point, b->source, piece, buf);
+}
+
+static int co_fn backup_offload(void *arg, struct copy_piece *piece)
+{
+    struct backup *b = arg;
+
+    return point_co_offload(b->point, b->source, b->target, piece);
 }
 
 static void co_fn backup_co_pushed(void *arg, const struct copy_piece *piece, bool skipped)

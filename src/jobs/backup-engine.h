@@ -35,6 +35,7 @@ struct backup_options {
     struct point_options point; /* the size is filled in */
     bool keeps_partial; /* what was copied counts after a failure, too: it is made durable then */
     bool compress;
+    bool offload; /* the host copies what it can, without our seeing it */
     unsigned workers;
     uint64_t chunk;
     uint64_t speed;

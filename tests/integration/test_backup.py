@@ -302,6 +302,8 @@ def test_full_backup_of_a_scattered_disk_leaves_holes(host):
     {"speed": 12 * MIB, "cbw-ram": 0, "cbw-latency-bound": 5000},
     {"speed": 12 * MIB, "x-perf": {"max-workers": 1, "max-chunk": 64 * KIB}, "cbw-latency-bound": 5000},
     {"speed": 12 * MIB, "cbw-policy": "backup", "cbw-timeout": 20},
+    {"x-perf": {"use-copy-range": True}},
+    {"speed": 12 * MIB, "x-perf": {"use-copy-range": True, "max-workers": 2, "max-chunk": 64 * KIB}, "cbw-latency-bound": 5000},
 ])
 def test_backup_under_a_writer_is_one_instant(target, options):
     with Writer(target) as writer:

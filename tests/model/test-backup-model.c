@@ -39,6 +39,7 @@ struct world {
     struct loop_thread *io[2];
     struct loop_thread *copier;
     struct backup *backup;
+    bool offload;
     bool errors_allowed; /* of the target's disk */
     uint64_t speed;
     enum backup_sync sync;
@@ -189,6 +190,7 @@ static void start_backup(struct world *w)
                 .scratch_dir = "/tmp",
                 .scratch_max_bytes = w->scratch_max ? w->scratch_max : DISK_SIZE * 2,
             },
+        .offload = w->offload,
         .workers = 1 + (unsigned)prng_below(&w->prng, 4),
         .chunk = 65536u << prng_below(&w->prng, 3),
         .speed = w->speed,
@@ -358,6 +360,7 @@ static void run_world(uint64_t seed, co_entry_fn *body, struct sim_fault **fault
 
     w->disk = sim_disk_new();
     w->prng.state = seed;
+    w->offload = seed % 3;
     fill(w->disk, "/src", seed);
     fill(w->disk, "/dst", seed + 1);
     sim_options_init(&o, seed);
@@ -375,11 +378,20 @@ static void run_world(uint64_t seed, co_entry_fn *body, struct sim_fault **fault
 
 static void test_backup_model__target_is_the_source_at_the_instant(void **state)
 {
+    uint64_t copies = 0;
+
     (void)state;
     TEST_SEEDS (seed) {
         struct world *w = calloc(1, sizeof(*w));
+        struct sim_fault slow = {.name = "/dst",
+                                 .ops = SIM_OP(IO_COPY),
+                                 .kind = SIM_DELAY,
+                                 .delay_ns = 3 * NS_PER_MS,
+                                 .per_mille = 500};
+        struct sim_fault *faults[] = {&slow};
 
-        run_world(seed, full_backup, NULL, 0, w);
+        run_world(seed, full_backup, faults, 1, w);
+        copies += slow.seen;
         assert_int_equal(w->result, 0);
         assert_int_equal(w->guests_failed, 0);
         for (uint64_t at = 0; at < DISK_SIZE; at++) {
@@ -389,6 +401,7 @@ static void test_backup_model__target_is_the_source_at_the_instant(void **state)
         }
         free(w);
     }
+    assert_true(!seeds_enough(20) || copies > 20);
 }
 
 /* The target or the scratch file fails: the backup may fail, the guests must not (P3); what succeeds is true. */
@@ -398,7 +411,7 @@ static void test_backup_model__failing_target_and_scratch_harm_no_guest(void **s
     TEST_SEEDS (seed) {
         struct world *w = calloc(1, sizeof(*w));
         struct sim_fault target = {.name = "/dst",
-                                   .ops = SIM_OP(IO_WRITE),
+                                   .ops = SIM_OP(IO_WRITE) | SIM_OP(IO_COPY),
                                    .kind = SIM_ERROR,
                                    .error = EIO,
                                    .per_mille = 100};
@@ -413,6 +426,52 @@ static void test_backup_model__failing_target_and_scratch_harm_no_guest(void **s
         assert_int_equal(w->guests_failed, 0);
         if (w->result == 0)
             assert_memory_equal(w->target, w->at_instant, DISK_SIZE);
+        free(w);
+    }
+}
+
+/*
+ * P4: the host does not answer for a copy. The bound ends the wait, so that a change of the source goes through; and what the host
+ * does in the end comes over nothing.
+ */
+static void copy_that_hangs(void *arg)
+{
+    struct world *w = arg;
+    struct error *err = NULL;
+    struct co_scope copying;
+    struct change change;
+    uint64_t began;
+
+    world_start(w);
+    start_backup(w);
+    co_scope_init(&copying);
+    check(co_scope_start(&copying, call_copy, w) == 0);
+    check(co_sleep_until(loop_clock() + 100 * NS_PER_MS) == 0);
+    began = loop_clock();
+    change_init(&change, w->graph, "a change of the source");
+    check(change_add_root(&change, "src", &err) == 0);
+    check(change_co_run(&change, &err) == 0);
+    change_end(&change);
+    check(loop_clock() - began < 2 * NS_PER_S);
+    check(sim_unhang("/dst") > 0);
+    co_scope_join(&copying);
+    end_backup(w);
+    world_stop(w);
+    check(sim_disk_read(w->disk, "/dst", 0, w->target, DISK_SIZE) == 0);
+}
+
+static void test_backup_model__copy_that_hangs_holds_up_no_change_of_the_source(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        struct world *w = calloc(1, sizeof(*w));
+        struct sim_fault hang = {
+            .name = "/dst", .ops = SIM_OP(IO_COPY), .kind = SIM_HANG, .at = 1, .times = UINT64_MAX};
+        struct sim_fault *faults[] = {&hang};
+
+        run_world(3 * seed + 1, copy_that_hangs, faults, 1, w);
+        assert_int_equal(w->result, 0);
+        assert_memory_equal(w->target, w->at_instant, DISK_SIZE);
         free(w);
     }
 }

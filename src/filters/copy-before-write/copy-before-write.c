@@ -34,6 +34,12 @@ static int co_fn cbw_co_change(struct node *node, struct request *req)
     return r < 0 ? r : edge_co_request(node_file(node), req);
 }
 
+/* As a read: what the disk holds now. */
+static int co_fn cbw_co_copy_out(struct node *node, struct request *req)
+{
+    return edge_co_request(node_file(node), req);
+}
+
 const struct driver copy_before_write_driver = {
     .name = "copy-before-write",
     .kind = DRIVER_FILTER,
@@ -45,4 +51,5 @@ const struct driver copy_before_write_driver = {
     .co_write = cbw_co_change,
     .co_write_zeroes = cbw_co_change,
     .co_discard = cbw_co_change,
+    .co_copy_out = cbw_co_copy_out,
 };
