@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Serves the control protocol on a listening socket: any number of clients, each with a session of its own. Commands of a
+ * Serves the control protocol on a listening socket: several clients at a time, each with a session of its own. Commands of a
  * session run one after another, in order; sessions run beside each other. Control thread only.
  */
 #ifndef CAIRN_CONTROL_QMP_SERVER_H
