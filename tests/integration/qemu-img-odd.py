@@ -105,3 +105,27 @@ def test_help_says_the_version_and_all_formats(tools):
     assert said.splitlines()[0].startswith("qemu-img version ") and " luks " in said.splitlines()[-1]
     for text in ("help", "?", "cluster_size=4k,help"):
         assert "Supported qcow2 options:" in tools.ours("create", "-f", "qcow2", "-o", text, "x", "1M").stdout
+
+
+def test_an_image_that_another_program_writes(tools):
+    """What its header says may change; -U looks all the same. A raw one is refused, too, where the peer reads it."""
+    tools.peer("create", "-q", "-f", "qcow2", "q.qcow2", "1M")
+    tools.peer("create", "-q", "-f", "qcow2", "-b", "q.qcow2", "-F", "qcow2", "top.qcow2")
+    tools.peer("create", "-q", "r.raw", "1M")
+    for name, fmt in (("q.qcow2", "qcow2"), ("r.raw", "raw")):
+        with subprocess.Popen(["qemu-io", "-f", fmt, name], cwd=tools.directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            holder.stdin.write(b"length\n")
+            holder.stdin.flush()
+            assert holder.stdout.readline()
+            if fmt == "qcow2":
+                for command in (["info"], ["info", "-U"], ["snapshot", "-l"], ["snapshot", "-U", "-l"], ["map"], ["measure", "-O", "qcow2"],
+                                ["map", "-U"], ["check", "-q"]):
+                    tools.same(*command, name)
+                tools.same("info", "top.qcow2")
+                tools.same("info", "--backing-chain", "top.qcow2")
+                tools.same("create", "-q", "-f", "qcow2", "-b", name, "-F", fmt, "new.qcow2")
+            else:
+                tools.same("info", name)
+                tools.ours("convert", name, "x.raw", ok=(1,))
+                tools.ours("convert", "-U", name, "x.raw")
+            holder.communicate(b"quit\n")

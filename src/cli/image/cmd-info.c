@@ -188,6 +188,8 @@ static int co_fn control_fn info(struct graph *g, void *arg, struct error **err)
     json_t *all = json_array();
     int r = image_co_open(&image, g, "i", &i->spec, err);
 
+    for (size_t n = 0; r == 0 && n < image.count; n++)
+        r = info_co_refuse_writers(g, &image.layers[n], err); /* before anything is printed */
     for (size_t n = 0; r == 0 && n < image.count; n++) {
         struct image_layer *l = &image.layers[n];
         struct info_tables tables = {.snapshots = NULL};

@@ -22,8 +22,11 @@ struct snapshot {
 
 static int co_fn control_fn list(const struct snapshot *x, struct image *image, struct error **err)
 {
-    struct info_tables tables;
-    int r = info_tables_co_read(&tables, image->graph, &image->layers[0], err);
+    struct info_tables tables = {.snapshots = NULL};
+    int r = info_co_refuse_writers(image->graph, &image->layers[0], err);
+
+    if (r == 0)
+        r = info_tables_co_read(&tables, image->graph, &image->layers[0], err);
 
     (void)x;
     if (r == 0)

@@ -222,6 +222,19 @@ void info_print_bitmaps(const json_t *bitmaps)
     }
 }
 
+int info_co_refuse_writers(struct graph *g, const struct image_layer *layer, struct error **err)
+{
+    struct access access = {.wants = ACCESS_READ,
+                            .tolerates = ACCESS_READ | ACCESS_WRITE_UNCHANGED};
+    struct backend *b = NULL;
+    int r = 0;
+
+    if (layer->header.version)
+        r = image_co_backend(&b, g, layer->file_node, access, err);
+    (void)backend_co_free(b);
+    return r < 0 ? error_wrap(err, r, "Could not open '%s'", layer->filename) : 0;
+}
+
 int info_tables_co_read(struct info_tables *ret, struct graph *g, const struct image_layer *layer,
                         struct error **err)
 {

@@ -17,6 +17,9 @@ struct info_tables {
     json_t *vmdk; /* what is specific to this format */
 };
 
+/* Of a qcow2 image: an error where another program may write to it, as what its header says may change (-U: none). */
+int co_fn control_fn info_co_refuse_writers(struct graph *g, const struct image_layer *layer,
+                                            struct error **err);
 int co_fn control_fn info_tables_co_read(struct info_tables *ret, struct graph *g,
                                          const struct image_layer *layer, struct error **err);
 void info_tables_release(struct info_tables *t);
