@@ -181,12 +181,12 @@ def test_references_are_followed_where_they_are_granted(tools):
     tools.cairn("map", "--allow", "b", "a/top.qcow2")
 
 
-@pytest.mark.parametrize("extra, word", [(1 << 20, "damaged"), (1000, "cut")])
-def test_info_of_a_snapshot_table_that_makes_no_sense(tools, extra, word):
+@pytest.mark.parametrize("extra", [1 << 20, 1000])
+def test_info_of_a_snapshot_table_that_makes_no_sense(tools, extra):
     tools.peer("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
     tools.peer("snapshot", "-c", "s", "a.qcow2")
     path = tools.path("a.qcow2")
     table = u64(path, 64)
     os.truncate(path, table + 100)  # the entry is shorter
     u64(path, table + 32, extra)  # 4 bytes of the machine's state, then 4 of the length of the extra data
-    assert f"the table of snapshots is {word} at entry 0" in tools.cairn("info", "a.qcow2", ok=(1,)).stderr
+    assert "entry 0 of its table of snapshots, which has 1, is broken" in tools.cairn("info", "a.qcow2").stderr
