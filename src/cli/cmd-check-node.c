@@ -106,6 +106,7 @@ static void read_result(const json_t *o, struct qcow2_check_result *ret)
         .corruptions = number(o, "corruptions"),
         .leaks = number(o, "leaks"),
         .check_errors = number(o, "check-errors"),
+        .moved_clusters = number(o, "moved-clusters"),
     };
 }
 
@@ -125,6 +126,15 @@ static void print_lines(const json_t *result)
         (void)fprintf(stderr, "... and %" PRIu64 " more\n", more);
 }
 
+/* As the other lines of its text. */
+static void print_moved(const struct qcow2_check_result *found)
+{
+    if (found->moved_clusters)
+        printf("%" PRIu64 " clusters were freed and given to others meanwhile: nothing is said of "
+               "their refcounts.\n",
+               found->moved_clusters);
+}
+
 static int print_result(struct check_node *c, struct error **err)
 {
     struct qcow2_check_result found;
@@ -138,11 +148,14 @@ static int print_result(struct check_node *c, struct error **err)
     if (result) {
         read_result(result, &found);
         print_lines(result);
-        if (c->json)
-            check_print_json(json_pack("{s:s, s:s}", "node-name", c->node, "format", "qcow2"),
+        if (c->json) {
+            check_print_json(json_pack("{s:s, s:s, s:I}", "node-name", c->node, "format", "qcow2",
+                                       "moved-clusters", (json_int_t)found.moved_clusters),
                              &found);
-        else if (!c->quiet)
+        } else if (!c->quiet) {
             check_print_text(&found);
+            print_moved(&found);
+        }
         cli_set_exit_status((int)check_status_of(&found));
     } else {
         r = error_set(err, EPROTO, "the daemon has no result of job '%s'", c->id);

@@ -40,6 +40,7 @@ static struct block_check_result *result_of(const struct check_job_picture *c)
         .allocated_clusters = c->result->allocated_clusters,
         .fragmented_clusters = c->result->fragmented_clusters,
         .compressed_clusters = c->result->compressed_clusters,
+        .moved_clusters = c->result->moved_clusters,
         .more_findings = c->more_findings,
     };
     r->findings.items = xnew_n(char *, c->finding_count + 1);

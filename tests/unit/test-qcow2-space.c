@@ -4,6 +4,7 @@
  * among many pieces.
  */
 #include "formats/list.h"
+#include "formats/qcow2/qcow2-check.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 
@@ -85,22 +86,80 @@ static void fill_then_swap(struct world *w)
     close_top(w);
 }
 
-/* One of what was freed becomes the L2 table that the new place needs. */
-static void test_qcow2_space__freed_before_a_flush_is_found_when_there_is_no_other(void **state)
+/* ---- and a check of it ---- */
+
+struct beside {
+    struct world *world;
+    uint64_t full;
+    bool done;
+};
+
+/* While the check runs: all that is freed is needed at once. */
+static bool swap_beside(void *arg)
+{
+    struct beside *b = arg;
+
+    if (b->done)
+        return false;
+    b->done = true;
+    assert_int_equal(discard(b->world, 100, FREED), 0);
+    for (unsigned i = 0; i < FREED - 1; i++)
+        assert_int_equal(write_cluster(b->world, b->full - b->full % 64 + 64 + i), 0);
+    assert_int_equal(flush(b->world->backend), 0);
+    return false;
+}
+
+static void fill_then_check(struct world *w)
+{
+    struct access access = {.wants = ACCESS_READ, .tolerates = ACCESS_ALL};
+    struct qcow2_check_options options = QCOW2_CHECK_OPTIONS_INIT;
+    struct qcow2_check_result found;
+    struct beside beside = {.world = w};
+    struct error *err = NULL;
+    struct backend *checker;
+
+    open_top(w);
+    while (write_cluster(w, beside.full) == 0)
+        beside.full++;
+    assert_int_equal(flush(w->backend), 0);
+    checker = must_attach(w->graph, "top", access, "checker");
+    options.interrupted = swap_beside;
+    options.arg = &beside;
+    assert_int_equal(qcow2_co_check_online(checker, &options, &found, &err), 0);
+    assert_true(beside.done);
+    assert_in_range(found.moved_clusters, 1, FREED);
+    assert_int_equal(found.corruptions + found.leaks + found.check_errors, 0);
+    backend_co_free(checker);
+    close_top(w);
+}
+
+static void on_device(void (*body)(struct world *w))
 {
     struct qcow2_shape shape = {
         .version = 3, .cluster_bits = 9, .refcount_order = 4, .size = 4096 * CLUSTER};
     struct sim_file_setup setup = {.type = FILE_TYPE_BLOCK, .size = DEVICE_CLUSTERS * CLUSTER};
-    struct world w = {.disk = sim_disk_new(), .driver = "host_device", .body = fill_then_swap};
+    struct world w = {.disk = sim_disk_new(), .driver = "host_device", .body = body};
     size_t len;
     uint8_t *bytes = qcow2_make(&shape, &len);
 
-    (void)state;
     sim_disk_make(w.disk, TOP, &setup);
     sim_disk_write(w.disk, TOP, 0, bytes, len);
     free(bytes);
     in_sim(&w);
     sim_disk_free(w.disk);
+}
+
+/* One of what was freed becomes the L2 table that the new place needs. */
+static void test_qcow2_space__freed_before_a_flush_is_found_when_there_is_no_other(void **state)
+{
+    (void)state;
+    on_device(fill_then_swap);
+}
+
+static void test_qcow2_space__a_check_withholds_nothing_that_is_needed(void **state)
+{
+    (void)state;
+    on_device(fill_then_check);
 }
 
 /* ---- cancelled while freed space is taken up ---- */

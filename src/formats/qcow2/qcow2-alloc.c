@@ -53,7 +53,7 @@ static void run_append(struct list *l, struct qcow2_run *run)
     struct qcow2_run *last = list_last(l, struct qcow2_run, link);
 
     if (last && last->first + last->count == run->first && last->ticket == run->ticket &&
-        last->shared == run->shared) {
+        last->shared == run->shared && last->table == run->table) {
         last->count += run->count;
         free(run);
     } else {
@@ -180,6 +180,7 @@ static void reuse_or_withhold(struct qcow2 *q, struct qcow2_run *run)
 {
     tiny_lock_acquire(&q->lock);
     run->late = node_has_unresolved(edge_node(q->file));
+    run->table = q->alloc.online;
     if (q->alloc.online || run->late)
         list_prepend(&q->alloc.graced, &run->link);
     else
@@ -336,31 +337,18 @@ static int co_fn settle_shared(struct qcow2 *q, const struct request *by, struct
     return r;
 }
 
-/* ONLINE-1, ONLINE-2 */
-static bool is_withheld(struct qcow2 *q)
-{
-    const struct qcow2_online *o = q->alloc.online;
-    bool many;
-
-    if (!o)
-        return false;
-    tiny_lock_acquire(&q->lock);
-    many = o->withheld > o->withheld_max;
-    tiny_lock_release(&q->lock);
-    if (many)
-        qcow2_online_break_locked(q, "too much was freed meanwhile");
-    return !many;
-}
-
 static int co_fn settle_locked(struct qcow2 *q, const struct request *by)
 {
     struct qcow2_run *run;
     int r = 0;
 
-    if (is_withheld(q))
+    if (qcow2_online_withholds(q)) /* ONLINE-1 */
         return 0;
-    while (r == 0 && (run = next_graced(q)))
+    while (r == 0 && (run = next_graced(q))) {
+        if (!qcow2_online_release(q, run))
+            continue;
         r = run->shared ? settle_shared(q, by, run) : settle_own(q, by, run);
+    }
     return r;
 }
 
@@ -497,12 +485,14 @@ static int co_fn refill_full(struct qcow2 *q, const struct request *by, int full
     int r = scan_all(q, by);
 
     if (r == 0 && pool_is_empty(q))
-        qcow2_online_break_locked(q, "what was freed meanwhile is needed"); /* ONLINE-2 */
+        qcow2_online_need(q); /* ONLINE-2 */
     if (r == 0 && pool_is_empty(q) && any_freed(q)) {
         r = settle_now(q, by);
         if (r == 0 && pool_is_empty(q))
             r = scan_all(q, by); /* what was shared, or more than is kept */
     }
+    if (r == 0 && pool_is_empty(q) && qcow2_online_give_up(q))
+        r = settle_locked(q, by);
     return r == 0 && pool_is_empty(q) ? full : r;
 }
 

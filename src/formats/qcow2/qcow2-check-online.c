@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A check of an image in use. References first, refcounts after that: since no refcount falls meanwhile and nothing is used again
- * (ONLINE-1), each reference that was seen, whenever that was, has had its count since before it was written, and has it still.
+ * (ONLINE-1), each reference that was seen, whenever that was, has had its count since before it was written, and has it still. Where
+ * a refcount has fallen all the same, since so much was freed, that is known, and such clusters are left out.
  *
  *   begin   writers that allocate have ended, for a moment; what they did is on the disk; the allocator withholds from now on
  *   walk    refcounts, so that most entries need no second look; L1, L2, snapshots, bitmaps: each table as it is on the disk
@@ -25,6 +26,10 @@
 #include <string.h>
 
 extern const struct driver qcow2_driver;
+
+/* So much of what is freed meanwhile is withheld, or this share of the file if it is more. */
+#define WITHHELD_BYTES GIB
+#define WITHHELD_SHARE 8
 
 struct run {
     struct check x;
@@ -76,6 +81,15 @@ static void unlock_both(struct qcow2 *q)
 
 /* ---- begin ---- */
 
+/* In clusters. */
+static uint64_t withheld_max(const struct run *c)
+{
+    uint64_t bytes = c->x.options->withheld_max;
+    uint64_t share = node_size(edge_node(c->online.file)) / WITHHELD_SHARE;
+
+    return (bytes ? bytes : MAX(share, WITHHELD_BYTES)) >> c->online.q->cluster_bits;
+}
+
 /* No writer has clusters in hand that are not mapped: the range is the whole disk. */
 static int co_fn begin_alone(struct run *c, const struct request *by)
 {
@@ -86,7 +100,7 @@ static int co_fn begin_alone(struct run *c, const struct request *by)
         r = lock_both(q);
     if (r < 0)
         return r;
-    r = qcow2_online_begin(q, &c->alloc);
+    r = qcow2_online_begin(q, &c->alloc, withheld_max(c));
     if (r == 0) {
         r = note_all_loose(c);
         c->begun = 1;
@@ -187,43 +201,49 @@ static int co_fn load_stored_again(struct run *c)
     return check_load_blocks(x);
 }
 
-/* What is counted and in the allocator's hands, or has been meanwhile, counts as used. */
+/* What is counted and in the allocator's hands counts as used. */
 static int co_fn settle_loose(struct run *c)
 {
     struct qcow2 *q = c->online.q;
-    const struct qcow2_run *run;
     int r = lock_both(q);
 
     if (r < 0)
         return r;
     r = note_all_loose(c);
-    list_for_each (&c->alloc.counted, run, link) {
-        if (r == 0)
-            r = note_loose(c, run->first, run->count);
-    }
     unlock_both(q);
     return r;
 }
 
-/* Of a leaf, what is loose and has more counts than references. */
-static void take_leaf_as_used(struct run *c, const struct qcow2_leaf *loose)
+/* A cluster that has not as many counts as references: if nothing is to be said of that, it has. */
+static void settle_one(struct run *c, struct qcow2_leaf *l, unsigned i)
+{
+    uint64_t cluster = (l->index << QCOW2_LEAF_BITS) + i;
+    uint64_t stored = qcow2_leaf_count(l, QCOW2_STORED, i);
+    uint64_t used = qcow2_leaf_count(l, QCOW2_USED, i);
+    bool moved = qcow2_online_has(c->alloc.moved, cluster);
+
+    if (stored > used && (moved || qcow2_count(&c->loose, QCOW2_USED, cluster) ||
+                          qcow2_online_has(c->alloc.counted, cluster)))
+        qcow2_count_sub(&c->x.counts, QCOW2_STORED, cluster, stored - used);
+    else if (moved)
+        qcow2_count_sub(&c->x.counts, QCOW2_USED, cluster, used - stored);
+}
+
+static void settle_leaf(struct run *c, struct qcow2_leaf *l)
 {
     for (unsigned i = 0; i < QCOW2_LEAF; i++) {
-        uint64_t cluster = (loose->index << QCOW2_LEAF_BITS) + i;
-        uint64_t stored = qcow2_count(&c->x.counts, QCOW2_STORED, cluster);
-        uint64_t used = qcow2_count(&c->x.counts, QCOW2_USED, cluster);
-
-        if (qcow2_leaf_count(loose, QCOW2_USED, i) && stored > used)
-            qcow2_count_sub(&c->x.counts, QCOW2_STORED, cluster, stored - used);
+        if (qcow2_leaf_count(l, QCOW2_STORED, i) != qcow2_leaf_count(l, QCOW2_USED, i))
+            settle_one(c, l, i);
     }
 }
 
-static void forgive_loose(struct run *c)
+static void settle_counts(struct run *c)
 {
-    for (size_t i = 0; i < c->loose.slot_count; i++) {
-        if (c->loose.slots[i])
-            take_leaf_as_used(c, c->loose.slots[i]);
+    for (size_t i = 0; i < c->x.counts.slot_count; i++) {
+        if (c->x.counts.slots[i])
+            settle_leaf(c, c->x.counts.slots[i]);
     }
+    c->x.r.moved_clusters = MIN(qcow2_online_count(c->alloc.moved), c->x.clusters);
 }
 
 static int look_at_suspects(struct run *c)
@@ -234,7 +254,8 @@ static int look_at_suspects(struct run *c)
     for (size_t i = 0; i < c->online.suspect_count && r == 0; i++) {
         const struct check_suspect *s = &c->online.suspects[i];
 
-        r = check_copied(&c->x, s->l1_index, s->entry, s->cluster);
+        if (!qcow2_online_has(c->alloc.moved, s->cluster))
+            r = check_copied(&c->x, s->l1_index, s->entry, s->cluster);
     }
     return r;
 }
@@ -265,7 +286,7 @@ static int co_fn finish(struct run *c)
         r = check_refer_refcounts(x);
         if (r == 0)
             r = look_at_suspects(c);
-        forgive_loose(c);
+        settle_counts(c);
     }
     return r == 0 ? check_compare(x) : r;
 }
@@ -274,8 +295,6 @@ static const char *why_broken(struct run *c)
 {
     if (!c->begun)
         return NULL;
-    if (c->alloc.lost)
-        return "there is no memory to note what was allocated";
     return atomic_get(&c->alloc.broken);
 }
 

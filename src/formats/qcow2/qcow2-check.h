@@ -27,7 +27,8 @@ enum qcow2_repair {
 
 struct qcow2_check_options {
     enum qcow2_repair repair;
-    uint64_t memory_max;                      /* bytes; an image that needs more is not checked */
+    uint64_t memory_max;   /* bytes; an image that needs more is not checked */
+    uint64_t withheld_max; /* of an image in use: see ADR 0010; bytes; 0: the default */
     void (*say)(void *arg, const char *line); /* what is found and repaired; may be NULL */
     bool (*interrupted)(void *arg); /* ends the check with -EINTR; may be NULL; may wait */
     void (*progress)(void *arg, uint64_t done,
@@ -51,6 +52,8 @@ struct qcow2_check_result {
     uint64_t check_errors; /* what could not be read */
     uint64_t corruptions_fixed;
     uint64_t leaks_fixed;
+    /* Of an image in use: they were freed and given to others meanwhile; of their refcounts nothing is said. */
+    uint64_t moved_clusters;
 };
 
 /*

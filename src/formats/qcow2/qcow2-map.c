@@ -625,7 +625,8 @@ static int co_fn unshare_table(struct qcow2 *q, const struct request *by, uint64
         qcow2_alloc_put(q, at.host_offset, 1);
         return r;
     }
-    *run = (struct qcow2_run){.first = old >> q->cluster_bits, .count = 1, .shared = true};
+    *run = (struct qcow2_run){
+        .first = old >> q->cluster_bits, .count = 1, .shared = true, .table = true};
     list_init(&run->link);
     l1_set(q, l1_index(q, slice_index), at.host_offset, true);
     qcow2_guard_remove(q, QCOW2_GUARD_ACTIVE_L2, old);

@@ -4,23 +4,29 @@
 #include "base/alloc.h"
 #include "base/atomic.h"
 #include "base/macros.h"
+#include "bitmaps/bitmap.h"
 #include "formats/qcow2/qcow2.h"
 
 #include <errno.h>
 #include <stdlib.h>
 
-/* So much may be freed meanwhile, or this share of the file if it is more. */
-#define WITHHELD_BYTES GIB
-#define WITHHELD_SHARE 8
+/* What is noted of a cluster is a granule of a bitmap. */
+#define GRANULE  BITMAP_GRANULARITY_MIN
+#define GRANULES ((uint64_t)1 << 53) /* more clusters than a file can have */
 
-int qcow2_online_begin(struct qcow2 *q, struct qcow2_online *o)
+int qcow2_online_begin(struct qcow2 *q, struct qcow2_online *o, uint64_t withheld_max)
 {
-    uint64_t share = node_size(edge_node(q->file)) / WITHHELD_SHARE;
-
     if (q->alloc.online)
         return -EBUSY;
-    *o = (struct qcow2_online){.withheld_max = MAX(share, WITHHELD_BYTES) >> q->cluster_bits};
-    list_init(&o->counted);
+    *o = (struct qcow2_online){.withheld_max = withheld_max};
+    list_init(&o->kept);
+    o->counted = bitmap_new(GRANULES * GRANULE, GRANULE);
+    o->moved = bitmap_new(GRANULES * GRANULE, GRANULE);
+    if (!o->counted || !o->moved) {
+        o->counted = bitmap_free(o->counted);
+        o->moved = bitmap_free(o->moved);
+        return -ENOMEM;
+    }
     tiny_lock_acquire(&q->lock);
     q->alloc.online = o;
     tiny_lock_release(&q->lock);
@@ -29,23 +35,25 @@ int qcow2_online_begin(struct qcow2 *q, struct qcow2_online *o)
 
 static void detach(struct qcow2 *q)
 {
+    struct qcow2_run *run;
+
     tiny_lock_acquire(&q->lock);
+    while ((run = list_first(&q->alloc.online->kept, struct qcow2_run, link))) {
+        list_remove(&run->link);
+        list_prepend(&q->alloc.graced, &run->link);
+    }
     q->alloc.online = NULL;
     tiny_lock_release(&q->lock);
 }
 
 void qcow2_online_end(struct qcow2 *q, struct qcow2_online *o)
 {
-    struct qcow2_run *run;
-
     co_mutex_lock(&q->alloc.lock);
     if (q->alloc.online == o)
         detach(q);
-    while ((run = list_first(&o->counted, struct qcow2_run, link))) {
-        list_remove(&run->link);
-        free(run);
-    }
     co_mutex_unlock(&q->alloc.lock);
+    o->counted = bitmap_free(o->counted);
+    o->moved = bitmap_free(o->moved);
 }
 
 void qcow2_online_break_locked(struct qcow2 *q, const char *why)
@@ -63,21 +71,78 @@ void qcow2_online_break(struct qcow2 *q, const char *why)
     co_mutex_unlock(&q->alloc.lock);
 }
 
+/* ---- what is noted and withheld ---- */
+
+bool qcow2_online_has(const struct bitmap *noted, uint64_t cluster)
+{
+    uint64_t offset;
+    uint64_t len;
+
+    return bitmap_next_dirty(noted, cluster * GRANULE, (cluster + 1) * GRANULE, &offset, &len);
+}
+
+uint64_t qcow2_online_count(const struct bitmap *noted)
+{
+    return bitmap_count(noted) / GRANULE;
+}
+
 void qcow2_online_counted(struct qcow2 *q, uint64_t first, uint64_t count)
 {
-    struct qcow2_run *run;
+    if (q->alloc.online)
+        bitmap_set(q->alloc.online->counted, first * GRANULE, count * GRANULE);
+}
 
+bool qcow2_online_withholds(struct qcow2 *q)
+{
+    const struct qcow2_online *o = q->alloc.online;
+    bool withholds;
+
+    if (!o)
+        return false;
+    tiny_lock_acquire(&q->lock);
+    withholds = !o->needed && o->withheld <= o->withheld_max;
+    tiny_lock_release(&q->lock);
+    return withholds;
+}
+
+void qcow2_online_need(struct qcow2 *q)
+{
     if (!q->alloc.online)
         return;
-    run = try_new(struct qcow2_run);
-    if (!run) {
-        q->alloc.online->lost = true;
-        return;
+    tiny_lock_acquire(&q->lock);
+    q->alloc.online->needed = true;
+    tiny_lock_release(&q->lock);
+}
+
+bool qcow2_online_give_up(struct qcow2 *q)
+{
+    bool keeps = false;
+
+    if (q->alloc.online) {
+        tiny_lock_acquire(&q->lock);
+        keeps = !list_empty(&q->alloc.online->kept);
+        tiny_lock_release(&q->lock);
     }
-    run->first = first;
-    run->count = count;
-    list_init(&run->link);
-    list_append(&q->alloc.online->counted, &run->link);
+    if (keeps)
+        qcow2_online_break_locked(q, "what was freed meanwhile is needed");
+    return keeps;
+}
+
+bool qcow2_online_release(struct qcow2 *q, struct qcow2_run *run)
+{
+    struct qcow2_online *o = q->alloc.online;
+    bool keep = o && run->table;
+
+    if (!o)
+        return true;
+    tiny_lock_acquire(&q->lock);
+    o->withheld -= MIN(o->withheld, run->count);
+    if (keep)
+        list_append(&o->kept, &run->link);
+    tiny_lock_release(&q->lock);
+    if (!keep)
+        bitmap_set(o->moved, run->first * GRANULE, run->count * GRANULE);
+    return !keep;
 }
 
 /* ---- what is loose ---- */
@@ -114,6 +179,8 @@ static void gather_locked(const struct qcow2 *q, struct gathering *g)
         gather_list(g, &a->reuse[i]);
     gather_list(g, &a->freed);
     gather_list(g, &a->graced);
+    if (a->online)
+        gather_list(g, &a->online->kept);
 }
 
 int qcow2_online_loose(struct qcow2 *q, struct qcow2_place **ret, size_t *ret_count)

@@ -104,6 +104,7 @@ struct qcow2_run {
     bool
         shared; /* of freed ones: others may use them as well; they are counted down, and no more */
     bool late;  /* of freed ones: the host may still write there for somebody who has left (G9) */
+    bool table; /* of freed ones: it may have been one, of metadata (ONLINE-1) */
 };
 
 struct qcow2_refblock {
