@@ -349,6 +349,8 @@ int luks_co_format(const struct luks_store *store, const struct luks_format *o,
 
     if (r < 0)
         return r;
+    if (o->detached)
+        h.payload_sector = 0;
     make_uuid(h.uuid);
     loop_random(key, sizeof(key));
     r = format_with_key(&v, &h, o, password, key, err);

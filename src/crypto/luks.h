@@ -34,6 +34,7 @@ struct luks_format {
     struct cipher_spec spec;
     enum hash hash;
     uint64_t iter_ms; /* how long a password's check shall take */
+    bool detached;    /* the header alone: the disk begins at the start of something else */
 };
 
 #define LUKS_FORMAT_INIT                                                                           \

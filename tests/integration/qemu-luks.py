@@ -128,7 +128,7 @@ def test_what_does_not_open_is_named(host):
     assert "sesame" not in told
     del volume["key_secret"]
     host.refused("'key-secret' is needed", "blockdev-add", **volume)
-    host.refused("headers that lie elsewhere", "blockdev-add", header="x", **volume)
+    host.refused("there is no node 'x'", "blockdev-add", header="x", **volume)
     cryptsetup_creates(host.path("b.luks"), kind="luks2")
     host.must("object-add", qom_type="secret", id="s", data="abc")
     host.refused("LUKS version is 2, this program reads 1", "blockdev-add", **host.volume("b.luks"))

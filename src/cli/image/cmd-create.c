@@ -61,7 +61,9 @@ static int co_fn control_fn create(struct graph *g, void *arg, struct error **er
         r = refuse_itself(c, err);
     if (r == 0 && c->o.backing_file && !c->unsafe)
         r = look_at_backing(g, c, err);
-    if (r == 0 && !c->o.has_size)
+    if (r == 0 && c->o.has_size && c->o.encryption.detached)
+        r = error_set(err, EINVAL, "detached-header: no size is given: the disk is another file");
+    if (r == 0 && !c->o.has_size && !c->o.encryption.detached)
         r = error_set(err, EINVAL, "Image creation needs a size parameter");
     if (r < 0)
         return r;

@@ -88,6 +88,8 @@ static int compute(struct measure *m, struct error **err)
         m->required = m->full = align_up(m->size, 512);
         return 0;
     }
+    if (m->o.encryption.detached)
+        return error_set(err, EINVAL, "detached-header: the disk is another file, as it is");
     if (strcmp(m->format, "luks") == 0) {
         r = create_options_luks_len(&m->o, &m->full, err);
         m->required = m->full += align_up(m->size, 512);

@@ -151,6 +151,11 @@ static int set_compression_type(struct create_options *o, const char *text, stru
                : error_set(err, EINVAL, "compression type '%s' is neither zlib nor zstd", text);
 }
 
+static int set_detached_header(struct create_options *o, const char *text, struct error **err)
+{
+    return tool_read_bool("detached-header", text, &o->encryption.detached, err);
+}
+
 static int refuse(struct create_options *o, const char *text, struct error **err)
 {
     (void)o;
@@ -158,34 +163,41 @@ static int refuse(struct create_options *o, const char *text, struct error **err
     return error_set(err, ENOTSUP, "it is not supported yet");
 }
 
+enum { FOR_RAW = 1 << 0, FOR_QCOW2 = 1 << 1, FOR_LUKS = 1 << 2 };
+
 struct known_option {
     const char *name;
     int (*set)(struct create_options *o, const char *text, struct error **err);
     const char *help;
-    bool raw; /* raw has it too */
+    unsigned formats; /* that have it */
 };
 
 static const struct known_option known[] = {
-    {"backing_file", set_backing_file, "<str>     - File name of a base image", false},
-    {"backing_fmt", set_backing_format, "<str>      - Image format of the base image", false},
-    {"cluster_size", set_cluster_size, "<size>    - qcow2 cluster size", false},
-    {"compat", set_compat, "<str>           - Compatibility level (v2 [0.10] or v3 [1.1])", false},
+    {"backing_file", set_backing_file, "<str>     - File name of a base image", FOR_QCOW2},
+    {"backing_fmt", set_backing_format, "<str>      - Image format of the base image", FOR_QCOW2},
+    {"cluster_size", set_cluster_size, "<size>    - qcow2 cluster size", FOR_QCOW2},
+    {"compat", set_compat, "<str>           - Compatibility level (v2 [0.10] or v3 [1.1])",
+     FOR_QCOW2},
     {"compression_type", set_compression_type,
-     "<str> - Compression method used for image cluster compression: zlib, zstd", false},
-    {"data_file", set_data_file, "<str>        - File name of an external data file", false},
+     "<str> - Compression method used for image cluster compression: zlib, zstd", FOR_QCOW2},
+    {"data_file", set_data_file, "<str>        - File name of an external data file", FOR_QCOW2},
     {"data_file_raw", set_data_file_raw,
-     "<bool (on/off)> - The external data file must stay valid as a raw image", false},
-    {"extended_l2", set_extended_l2, "<bool (on/off)> - Extended L2 tables", false},
-    {"lazy_refcounts", set_lazy_refcounts, "<bool (on/off)> - Postpone refcount updates", false},
+     "<bool (on/off)> - The external data file must stay valid as a raw image", FOR_QCOW2},
+    {"extended_l2", set_extended_l2, "<bool (on/off)> - Extended L2 tables", FOR_QCOW2},
+    {"lazy_refcounts", set_lazy_refcounts, "<bool (on/off)> - Postpone refcount updates",
+     FOR_QCOW2},
     {"preallocation", set_preallocation,
-     "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)", true},
+     "<str>    - Preallocation mode (allowed values: off, metadata, falloc, full)",
+     FOR_RAW | FOR_QCOW2},
     {"refcount_bits", set_refcount_bits, "<num>    - Width of a reference count entry in bits",
-     false},
-    {"size", set_size, "<size>            - Virtual disk size", true},
+     FOR_QCOW2},
+    {"size", set_size, "<size>            - Virtual disk size", FOR_RAW | FOR_QCOW2 | FOR_LUKS},
+    {"detached-header", set_detached_header,
+     "<bool (on/off)> - Make the header alone; the disk is another file", FOR_LUKS},
     /* What can only be off, or is refused; it is not shown. */
-    {"encryption", set_encryption, NULL, false},
-    {"extent_size_hint", refuse, NULL, true},
-    {"nocow", refuse, NULL, true},
+    {"encryption", set_encryption, NULL, FOR_QCOW2},
+    {"extent_size_hint", refuse, NULL, FOR_RAW | FOR_QCOW2},
+    {"nocow", refuse, NULL, FOR_RAW | FOR_QCOW2},
 };
 
 int create_options_init(struct create_options *o, const char *format, struct error **err)
@@ -216,12 +228,14 @@ static const char *encryption_prefix(const char *format)
     return strcmp(format, "qcow2") == 0 ? "encrypt." : "";
 }
 
-/* Does the format have it? Of a LUKS volume it is only the size, beside its encryption. */
+/* Does the format have it? Encrypted ones have the options of encryption beside it. */
 static bool is_option_of(const struct known_option *k, const char *format)
 {
-    if (strcmp(format, "luks") == 0)
-        return strcmp(k->name, "size") == 0;
-    return k->raw || strcmp(format, "qcow2") == 0;
+    unsigned bit = strcmp(format, "raw") == 0     ? FOR_RAW
+                   : strcmp(format, "qcow2") == 0 ? FOR_QCOW2
+                                                  : FOR_LUKS;
+
+    return k->formats & bit;
 }
 
 /* -ENOENT: it is no option of encryption. */
@@ -372,7 +386,10 @@ void create_options_print(const struct create_options *o, const char *filename)
         return;
     }
     if (strcmp(o->format, "luks") == 0) {
-        printf(" size=%" PRIu64, o->size);
+        if (o->encryption.detached)
+            printf(" detached-header=true");
+        else
+            printf(" size=%" PRIu64, o->size);
         encryption_print(&o->encryption, "");
         printf("\n");
         return;
@@ -598,6 +615,10 @@ static int check(struct creation *c, struct error **err)
 
     if (strcmp(o->format, "qcow2") == 0)
         return check_qcow2(c, err);
+    if (o->encryption.detached && o->size)
+        return error_set(err, EINVAL,
+                         "detached-header: the disk is another file, and this one is the header "
+                         "alone");
     if (strcmp(o->format, "luks") == 0)
         return create_options_luks_len(o, &c->luks_len, err);
     if (o->preallocation == PREALLOC_METADATA)

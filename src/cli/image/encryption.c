@@ -110,6 +110,7 @@ int encryption_read(const struct encryption *e, struct luks_format *ret, struct 
     struct luks_format f = LUKS_FORMAT_INIT;
     int r = 0;
 
+    f.detached = e->detached;
     if (e->format && strcmp(e->format, "luks") != 0)
         return error_set(err, ENOTSUP, "encryption format '%s' is not supported: it is luks",
                          e->format);

@@ -21,6 +21,7 @@ struct encryption {
     char *ivgen_hash_alg;
     char *hash_alg;
     char *iter_time;
+    bool detached; /* of LUKS volumes: the header is the image */
 };
 
 void encryption_release(struct encryption *e);

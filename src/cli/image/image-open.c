@@ -625,8 +625,13 @@ int image_co_flush(struct backend *b)
 static int look_at_luks(struct image_layer *layer, const uint8_t *bytes, size_t len,
                         struct error **err)
 {
+    json_t *detached = json_object_get(layer->options, "header");
     struct luks_header h;
-    int r = luks_header_parse(&h, bytes, len, layer->file_size, err);
+    int r;
+
+    if (detached) /* what is here is the disk alone */
+        return json_is_object(detached) ? complete_file(detached, err) : 0;
+    r = luks_header_parse(&h, bytes, len, layer->file_size, err);
 
     if (r < 0)
         return error_wrap(err, r, "'%s'", layer->filename);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * luks: a disk that lies encrypted in its file, behind a LUKS header (docs/formats/luks.md). Requests are whole sectors; the core
+ * luks: a disk that lies encrypted in its file, behind a LUKS header or with it in another node (docs/formats/luks.md). Requests are whole sectors; the core
  * does the rest. It has no discard and no cheap zeroes: both would show where nothing is.
  */
 #include "formats/luks/luks-driver.h"
@@ -18,7 +18,9 @@
 
 struct luks_node {
     struct luks volume;
-    struct encrypted data; /* constant */
+    /* Constant. */
+    struct encrypted data;
+    struct edge *header; /* what header and key slots lie in: the file, unless they are detached */
 };
 
 extern const struct driver luks_driver;
@@ -32,23 +34,28 @@ static void set_geometry(struct node *node, const struct luks_node *l)
     node_set_preferred_alignment(node, node_preferred_alignment(file));
 }
 
+static bool is_detached(const struct luks_node *l)
+{
+    return l->header != l->data.file;
+}
+
 static int co_fn open_volume(struct luks_node *l, const struct secret *password, struct error **err)
 {
     struct pass pass = {0};
     struct request by = {.pass = &pass};
-    struct encrypted_store where = {.file = l->data.file, .by = &by};
+    struct encrypted_store where = {.file = l->header, .by = &by};
     uint64_t file_size = node_size(edge_node(l->data.file));
-    struct luks_store store = encrypted_store(&where, file_size);
+    struct luks_store store = encrypted_store(&where, node_size(edge_node(l->header)));
     int r = luks_co_open(&l->volume, &store, password, err);
 
     if (r < 0)
         return r;
     l->data.cipher = l->volume.cipher;
     l->data.first = (uint64_t)l->volume.header.payload_sector * LUKS_SECTOR;
-    if (!l->data.first)
-        r = error_set(err, ENOTSUP,
-                      "the disk does not lie behind its header, but elsewhere, which is "
-                      "not supported");
+    if (!l->data.first && !is_detached(l))
+        r = error_set(err, EINVAL,
+                      "the disk does not lie behind this header, but elsewhere: `header` is the "
+                      "node of the header, and `file` that of the disk");
     else if (l->data.first > file_size)
         r = error_set(err, EINVAL,
                       "the disk begins at %" PRIu64 ", but node '%s' has only %" PRIu64 " bytes",
@@ -69,7 +76,11 @@ static int co_fn control_fn luks_co_open_node(struct node *node, const void *opt
     if (r < 0)
         return r;
     l->data.file = node_file(node);
-    r = open_volume(l, &password, err);
+    l->header = opt->header ? node_child(node, "header") : l->data.file;
+    if (opt->header && edge_node(l->header) == edge_node(l->data.file))
+        r = error_set(err, EINVAL, "`header` and `file` are the same node");
+    else
+        r = open_volume(l, &password, err);
     secret_release(&password);
     if (r < 0)
         return error_wrap(err, r, "node '%s'", node_name(node));
@@ -132,8 +143,9 @@ int luks_node_co_amend(struct backend *b, const struct luks_amend *a, struct err
         return error_set(err, ENOTSUP, "node '%s' is no LUKS volume", node_name(node));
     if (node_settings(node)->read_only)
         return error_set(err, EROFS, "node '%s' is read-only", node_name(node));
-    where.file = l->data.file;
-    store = encrypted_store(&where, l->data.first);
+    where.file = l->header;
+    store =
+        encrypted_store(&where, is_detached(l) ? node_size(edge_node(l->header)) : l->data.first);
     r = luks_co_amend(&l->volume, &store, a, err);
     return r < 0 ? error_wrap(err, r, "node '%s'", node_name(node)) : 0;
 }
