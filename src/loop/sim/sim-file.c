@@ -232,12 +232,15 @@ static int64_t check_copy(const struct sim_io *io)
 static int64_t do_copy(const struct sim_io *io)
 {
     const struct io_op *op = io->op;
-    const struct sim_store *from = &io->source->inode->live;
-    uint64_t len =
-        op->source_offset < from->size ? MIN(op->len, from->size - op->source_offset) : 0;
-    int64_t r = check_copy(io);
+    const struct sim_store *from;
+    uint64_t len;
+    int64_t r;
     struct iovec iov;
 
+    assert(io->source); /* none is done inline */
+    from = &io->source->inode->live;
+    len = op->source_offset < from->size ? MIN(op->len, from->size - op->source_offset) : 0;
+    r = check_copy(io);
     if (r < 0 || !len)
         return r;
     iov = (struct iovec){xalloc(1, len), len};
