@@ -105,10 +105,15 @@ void cli_catch_signals(void)
 {
     /* After the first one a signal does what it does by itself, so that nobody has to wait. */
     struct sigaction action = {.sa_handler = interrupt, .sa_flags = (int)SA_RESETHAND};
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
 
-    (void)sigaction(SIGINT, &action, NULL);
-    (void)sigaction(SIGTERM, &action, NULL);
-    (void)sigaction(SIGHUP, &action, NULL);
+    for (size_t i = 0; i < ARRAY_SIZE(signals); i++) {
+        struct sigaction old;
+
+        /* What the caller ignores stays so: nohup, and shells that start something in the background. */
+        if (sigaction(signals[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
+            (void)sigaction(signals[i], &action, NULL);
+    }
 }
 
 bool cli_interrupted(void)

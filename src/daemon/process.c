@@ -190,12 +190,14 @@ void process_remove_pidfile(void)
 
 static sigset_t ending_signals(void)
 {
+    struct sigaction old;
     sigset_t set;
 
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
+    if (sigaction(SIGHUP, NULL, &old) < 0 || old.sa_handler != SIG_IGN) /* nohup wants it ignored */
+        sigaddset(&set, SIGHUP);
     return set;
 }
 
@@ -243,6 +245,6 @@ int process_watch_signals(process_signal_fn *fn, void *arg, struct error **err)
 void process_unwatch_signals(void)
 {
     atomic_set(&watch.ending, true);
-    (void)pthread_kill(watch.thread, SIGHUP); /* it waits for this */
+    (void)pthread_kill(watch.thread, SIGTERM); /* it waits for this */
     pthread_join(watch.thread, NULL);
 }

@@ -38,7 +38,7 @@ void process_detach(void);
 int process_write_pidfile(const char *path, struct error **err);
 void process_remove_pidfile(void);
 
-/* SIGTERM, SIGINT and SIGHUP are blocked in this thread and all that it starts, and SIGPIPE and SIGXFSZ
+/* SIGTERM, SIGINT and SIGHUP (but not where the caller ignores it) are blocked in this thread and all that it starts, SIGPIPE and SIGXFSZ
  * are ignored. */
 void process_block_signals(void);
 

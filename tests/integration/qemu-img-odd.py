@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls that scripts make by mistake or by habit: what they get is what the peer gives, and no disk is harmed."""
 import json
+import os
+import signal
 import subprocess
+import time
 
 import pytest
 from image_support import need_peer, program, tools  # pylint: disable=unused-import
@@ -129,3 +132,27 @@ def test_an_image_that_another_program_writes(tools):
                 tools.ours("convert", name, "x.raw", ok=(1,))
                 tools.ours("convert", "-U", name, "x.raw")
             holder.communicate(b"quit\n")
+
+
+def test_signals_that_the_caller_ignores_stay_so(tools):
+    """nohup: a copy goes on when the terminal is gone, and so does a server."""
+    tools.peer("create", "-q", "r.raw", "20M")
+    tools.io("r.raw", "write -P 5 0 20M", fmt="raw")
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    for words in (["convert", "-r", "16M", "r.raw", "x.raw"], ["nbd", "-f", "raw", "-k", "s", "r.raw"]):
+        made = tools.path("x.raw" if words[0] == "convert" else "s")
+        with subprocess.Popen([program(), *words], cwd=tools.directory, preexec_fn=ignore) as one:
+            deadline = time.monotonic() + 20
+            while not os.path.exists(made) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            one.send_signal(signal.SIGHUP)
+            if words[0] == "nbd":
+                time.sleep(0.3)
+                assert one.poll() is None
+                one.send_signal(signal.SIGTERM)
+            assert one.wait(60) == 0
+    tools.equal("r.raw", "x.raw", "-f", "raw")
