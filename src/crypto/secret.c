@@ -125,7 +125,7 @@ static int co_fn read_all(struct file *f, struct secret *ret, struct error **err
         r = error_set(err, EFBIG, "'%s' has more than %zu bytes", file_path(f), SECRET_LEN_MAX);
     else
         r = make(ret, (size_t)n, err);
-    if (r == 0)
+    if (n >= 0 && r == 0)
         memcpy(ret->bytes, b->data, ret->len);
     if (n > 0)
         OPENSSL_cleanse(b->data, (size_t)n); /* it goes back to a pool */

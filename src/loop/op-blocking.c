@@ -222,9 +222,9 @@ static int64_t file_extents(struct io_op *op)
 static int64_t file_lock(const struct io_op *op)
 {
     struct flock fl = {
-        .l_type = op->lock == FILE_LOCK_NONE     ? F_UNLCK
-                  : op->lock == FILE_LOCK_SHARED ? F_RDLCK
-                                                 : F_WRLCK,
+        .l_type = (short)(op->lock == FILE_LOCK_NONE     ? F_UNLCK
+                          : op->lock == FILE_LOCK_SHARED ? F_RDLCK
+                                                         : F_WRLCK),
         .l_whence = SEEK_SET,
         .l_start = (off_t)op->offset,
         .l_len = (off_t)op->len,

@@ -2,7 +2,7 @@
 /*
  * Encrypted disks: qcow2 over an encrypted base with another key, and LUKS volumes. Several loops write at once, bytes that share
  * sectors, and a flat array says what is there; nothing of it is in the files as it is. Then the power fails, and each sector is
- * one of the values that it may have: never what decrypts to something else (WRITE-4).
+ * one of the values that it may have: never what decrypts to something else (WRITE-4). The loops also run on threads of their own.
  */
 #include "base/checked.h"
 #include "crash-fixture.h"
@@ -22,6 +22,10 @@
 #define CUTS   2
 
 static const struct driver *const *const drivers[] = {protocol_drivers, format_drivers, NULL};
+
+/* Where the images are: on the simulated disk, but for one case. */
+static char top_path[80] = TOP;
+static char base_path[80] = BASE;
 
 struct model {
     uint64_t seed;
@@ -45,11 +49,11 @@ static void open_disk(struct model *m)
     m->graph = graph_new(drivers);
     crypt_add_secrets(m->graph);
     if (m->is_luks) {
-        crypt_add_luks(m->graph, "top", TOP, "a");
+        crypt_add_luks(m->graph, "top", top_path, "a");
     } else {
         if (m->has_base)
-            crypt_add_qcow2(m->graph, "base", BASE, "b", NULL, true);
-        crypt_add_qcow2(m->graph, "top", TOP, "a", m->has_base ? "base" : NULL, false);
+            crypt_add_qcow2(m->graph, "base", base_path, "b", NULL, true);
+        crypt_add_qcow2(m->graph, "top", top_path, "a", m->has_base ? "base" : NULL, false);
     }
     m->backend = must_attach(m->graph, "top", ACCESS_RW, "actor");
     check(backend_size(m->backend) == SIZE);
@@ -180,7 +184,7 @@ static void write_base(struct model *m)
 
     m->graph = graph_new(drivers);
     crypt_add_secrets(m->graph);
-    crypt_add_qcow2(m->graph, "base", BASE, "b", NULL, false);
+    crypt_add_qcow2(m->graph, "base", base_path, "b", NULL, false);
     m->backend = must_attach(m->graph, "base", ACCESS_RW, "maker");
     for (uint64_t at = 100; at + sizeof(data) < SIZE; at += 5 * sizeof(data)) {
         check(send_request(m->backend, REQUEST_WRITE, 0, at, sizeof(data), data) == 0);
@@ -267,32 +271,36 @@ static void make_disks(struct sim_disk *disk, struct prng *prng, bool is_luks, b
     unsigned version = has_base || prng_chance(prng, 600) ? 3 : 2;
 
     if (is_luks) {
-        crypt_put_luks(disk, TOP, "a", SIZE);
+        crypt_put_luks(disk, top_path, "a", SIZE);
         return;
     }
-    make_image(disk, TOP, "a", version, prng);
+    make_image(disk, top_path, "a", version, prng);
     if (has_base)
-        make_image(disk, BASE, "b", 3, prng);
+        make_image(disk, base_path, "b", 3, prng);
 }
 
-static void model_of(uint64_t seed, bool is_luks)
+/* On a simulated disk, or, without one, on threads. */
+static void model_of(uint64_t seed, struct sim_disk *disk, bool is_luks)
 {
     struct model *m = xnew(struct model);
     struct prng prng = {seed};
     struct qcow2_verdict v;
 
     m->seed = seed;
-    m->disk = sim_disk_new();
+    m->disk = disk;
     m->is_luks = is_luks;
     m->has_base = !is_luks && prng_chance(&prng, 500);
     make_disks(m->disk, &prng, is_luks, m->has_base);
-    assert_int_equal(run_on(m->disk, seed, run_model, m), SIM_RETURNED);
-    look_for_words(m, TOP);
+    if (disk)
+        assert_int_equal(run_on(m->disk, seed, run_model, m), SIM_RETURNED);
+    else
+        on_engine(LOOP_ENGINE_THREADS, run_model, m);
+    look_for_words(m, top_path);
     if (!is_luks)
-        image_judge(m->disk, TOP, NO_LEAKS, &v);
+        image_judge(m->disk, top_path, NO_LEAKS, &v);
     if (m->has_base)
-        look_for_words(m, BASE);
-    m->disk = sim_disk_free(m->disk);
+        look_for_words(m, base_path);
+    sim_disk_free(disk);
     free(m);
 }
 
@@ -300,14 +308,32 @@ static void test_qcow2_crypt__image_is_a_flat_array(void **state)
 {
     (void)state;
     TEST_SEEDS (seed)
-        model_of(seed, false);
+        model_of(seed, sim_disk_new(), false);
 }
 
 static void test_qcow2_crypt__volume_is_a_flat_array(void **state)
 {
     (void)state;
     TEST_SEEDS (seed)
-        model_of(seed, true);
+        model_of(seed, sim_disk_new(), true);
+}
+
+static void test_qcow2_crypt__on_threads(void **state)
+{
+    (void)state;
+    TEST_SEEDS (seed) {
+        char dir[] = "/dev/shm/test-crypt-XXXXXX";
+
+        assert_non_null(mkdtemp(dir));
+        (void)snprintf(top_path, sizeof(top_path), "%s/top", dir);
+        (void)snprintf(base_path, sizeof(base_path), "%s/base", dir);
+        model_of(seed, NULL, seed % 2);
+        unlink(top_path);
+        unlink(base_path);
+        rmdir(dir);
+    }
+    (void)snprintf(top_path, sizeof(top_path), TOP);
+    (void)snprintf(base_path, sizeof(base_path), BASE);
 }
 
 /* ---- neighbours within a sector ---- */

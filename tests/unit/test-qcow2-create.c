@@ -126,6 +126,13 @@ static void test_qcow2_create__nonsense_is_refused(void **state)
     name[256] = '\0';
     o.backing_format = name;
     must_refuse(&o, EINVAL, "the backing format name has 256 bytes, expected 255 at most");
+    o = defaults(1 * GIB);
+    o.data_file = "data";
+    o.data_file_raw = true;
+    o.luks_len = 4096;
+    must_refuse(&o, ENOTSUP,
+                "data_file_raw and encryption are given: a raw data file holds what the disk "
+                "shows, which is not encrypted");
 }
 
 static void test_qcow2_create__limits_are_those_of_opening(void **state)

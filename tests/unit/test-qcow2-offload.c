@@ -134,6 +134,52 @@ static void test_qcow2_offload__leaves_zeroes_and_compressed_clusters_to_others(
     run(not_as_it_is, false);
 }
 
+struct copying {
+    struct world *world;
+    int result;
+};
+
+static void copy_main(void *arg)
+{
+    struct copying *c = arg;
+
+    c->result = backend_co_copy(c->world->top, 4 * CLUSTER, c->world->well, 0, CLUSTER, 0);
+}
+
+/*
+ * OFFLOAD-2: the host takes its time; what it copies is discarded meanwhile, and others write. They get other space, as long as it
+ * has not ended.
+ */
+static void discarded_meanwhile(struct world *w)
+{
+    struct sim_fault slow = {.name = WELL, .ops = SIM_OP(IO_COPY), .kind = SIM_HANG, .at = 1};
+    struct copying c = {.world = w};
+    struct co_scope scope;
+
+    fill(w->top, 4 * CLUSTER, CLUSTER, 't');
+    assert_int_equal(flush(w->top), 0);
+    sim_fault_add(&slow);
+    co_scope_init(&scope);
+    assert_int_equal(co_scope_start(&scope, copy_main, &c), 0);
+    assert_int_equal(co_sleep_until(loop_clock() + NS_PER_S), 0);
+    assert_int_equal(send_request(w->top, REQUEST_DISCARD, 0, 4 * CLUSTER, CLUSTER, NULL), 0);
+    for (uint64_t i = 8; i < 60; i++) {
+        assert_int_equal(flush(w->top), 0);
+        fill(w->top, i * CLUSTER, CLUSTER, 'x');
+    }
+    sim_fault_remove(&slow);
+    assert_int_equal(sim_unhang(WELL), 1);
+    co_scope_join(&scope);
+    assert_int_equal(c.result, 0);
+    must_hold(w->well, 0, CLUSTER, 't');
+}
+
+static void test_qcow2_offload__holds_what_is_copied(void **state)
+{
+    (void)state;
+    run(discarded_meanwhile, false);
+}
+
 /* ---- to an image ---- */
 
 static void whole_and_in_part(struct world *w)

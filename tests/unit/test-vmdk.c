@@ -287,6 +287,28 @@ static void test_vmdk__extents_follow_each_other(void **state)
     try_split(&x);
 }
 
+/* A header and a directory, and no grain table: as long as that, and no longer. */
+static void test_vmdk__an_extent_without_tables_is_empty(void **state)
+{
+    struct split x = {.text = SPLIT "RW 128 SPARSE \"e\"\n"};
+    struct image_bytes s = vmdk_make(VMDK_MAKE_PLAIN);
+    struct sim_disk *disk = sim_disk_new();
+    uint8_t e[1024] = {0};
+
+    (void)state;
+    memcpy(e, s.bytes, 512);
+    store_le64(e + 56, 1);
+    store_le32(e + 44, 512); /* a table would be longer than the file */
+    import_put(disk, "/disk/image", x.text, strlen(x.text));
+    import_put(disk, "/disk/e", e, sizeof(e));
+    x.disk = image_bytes_new(1, (size_t)128 * 512);
+    x.disk.disk_len = (size_t)128 * 512;
+    import_run(disk, open_split, &x);
+    image_bytes_free(&x.disk);
+    image_bytes_free(&s);
+    sim_disk_free(disk);
+}
+
 static void must_refuse_split(const char *text, int errnum, const char *message)
 {
     struct split x = {.text = text, .message = message, .errnum = errnum};

@@ -290,7 +290,7 @@ static int co_fn control_fn amend(struct graph *g, void *arg, struct error **err
 
     if (r == 0)
         r = image_co_open(&image, g, "i", &x->spec, err);
-    if (r < 0)
+    if (r != 0)
         return r;
     tool_progress_begin(&bar, x->progress, 1);
     r = change(x, &image, err);

@@ -185,7 +185,7 @@ static int co_fn option_info(struct nbd_connection *c, const struct option *o, b
         return send_error(c, o->type, NBD_REP_ERR_INVALID,
                           "the information requests do not fit the option");
     for (unsigned i = 0; i < count; i++)
-        want_name |= load_be16(p + 6 + name_len + 2 * i) == NBD_INFO_NAME;
+        want_name |= load_be16(p + 6 + name_len + 2 * (size_t)i) == NBD_INFO_NAME;
     r = nbd_connection_co_bind(c, (const char *)p + 4, name_len);
     if (r == -ENOENT)
         return send_error(c, o->type, NBD_REP_ERR_UNKNOWN, "there is no export of this name");

@@ -194,7 +194,7 @@ static int co_fn is_there(struct table *t, uint64_t index, const uint8_t *bits)
     if (index - t->read.first >= t->read.count)
         r = read_old(t, index);
     if (r < 0 ||
-        memcmp(t->w->was->data + ((index - t->read.first) << shift), bits, (size_t)1 << shift))
+        memcmp(t->w->was->data + ((index - t->read.first) << shift), bits, (size_t)1 << shift) != 0)
         return r == -EIO ? 0 : r;
     r = qcow2_bitmap_space_add_range(&t->w->stays, t->w->q, offset, (uint64_t)1 << shift);
     return r < 0 ? r : 1;
@@ -301,7 +301,7 @@ static bool table_is_there(const struct table *t, uint64_t offset)
 {
     size_t len = (size_t)t->size * QCOW2_ENTRY_LEN;
 
-    if (!t->old || memcmp(t->old->data, t->entries->data, len))
+    if (!t->old || memcmp(t->old->data, t->entries->data, len) != 0)
         return false;
     for (size_t at = 0; at < len; at += qcow2_cluster_size(t->w->q)) {
         if (!is_own(t, offset + at))

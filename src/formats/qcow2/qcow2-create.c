@@ -180,6 +180,10 @@ static int qcow2_create_check_data_file(const struct qcow2_create_options *o, st
 {
     if (o->data_file_raw && !o->data_file)
         return error_set(err, EINVAL, "data_file_raw requires data_file");
+    if (o->data_file_raw && o->luks_len)
+        return error_set(err, ENOTSUP,
+                         "data_file_raw and encryption are given: a raw data file holds what the "
+                         "disk shows, which is not encrypted");
     if (!o->data_file)
         return 0;
     if (o->version < 3)

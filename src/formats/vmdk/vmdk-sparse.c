@@ -202,7 +202,7 @@ static int co_fn find_table(struct vmdk *v, const struct vmdk_extent *e, const s
         return r;
     *ret = (uint64_t)load_le32(import_page_at(page, e->directory + index * 4)) * VMDK_SECTOR;
     import_page_put(&v->import, page);
-    if (!range_within(*ret, (uint64_t)e->table_entries * 4, e->file_size)) /* IMPORT-2 */
+    if (*ret && !range_within(*ret, (uint64_t)e->table_entries * 4, e->file_size)) /* IMPORT-2 */
         return import_damaged(&v->import,
                               "entry %" PRIu64 " of the grain directory at %" PRIu64
                               " points to %" PRIu64 ", beyond the end of its file",
