@@ -5,7 +5,7 @@
  * no code with the repair.
  */
 #include "formats/list.h"
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "seeds.h"

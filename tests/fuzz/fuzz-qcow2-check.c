@@ -7,7 +7,7 @@
  */
 #include "base/macros.h"
 #include "formats/list.h"
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 #include "fuzz-qcow2-image.h"
 #include "graph/backend.h"
 #include "graph/graph.h"

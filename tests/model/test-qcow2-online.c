@@ -5,7 +5,7 @@
  * freed than may be withheld. Under sim by seed, and on real threads.
  */
 #include "formats/list.h"
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 #include "seeds.h"

@@ -4,7 +4,7 @@
  * among many pieces.
  */
 #include "formats/list.h"
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 #include "protocols/list.h"
 #include "qcow2-fixture.h"
 

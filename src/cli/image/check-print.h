@@ -3,7 +3,7 @@
 #ifndef CAIRN_CLI_IMAGE_CHECK_PRINT_H
 #define CAIRN_CLI_IMAGE_CHECK_PRINT_H
 
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 
 #include <jansson.h>
 

@@ -3,7 +3,7 @@
 #include "cli/image/check-imported.h"
 #include "cli/image/check-print.h"
 #include "cli/image/tool.h"
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 
 #include <errno.h>
 #include <stdio.h>

@@ -16,7 +16,7 @@
 #include "base/checked.h"
 #include "base/endian.h"
 #include "base/macros.h"
-#include "formats/qcow2/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-check.h"
 #include "formats/qcow2/qcow2-snapshot-internal.h"
 #include "graph/backend.h"
 #include "graph/gate.h"

@@ -3,7 +3,7 @@
 #ifndef CAIRN_FORMATS_QCOW2_SNAPSHOT_INTERNAL_H
 #define CAIRN_FORMATS_QCOW2_SNAPSHOT_INTERNAL_H
 
-#include "formats/qcow2/qcow2-counts.h"
+#include "formats/qcow2/check/qcow2-counts.h"
 #include "formats/qcow2/qcow2-header-write.h"
 #include "formats/qcow2/qcow2-snapshot.h"
 #include "formats/qcow2/qcow2.h"

@@ -14,7 +14,7 @@
 #include "base/alloc.h"
 #include "base/atomic.h"
 #include "base/macros.h"
-#include "formats/qcow2/qcow2-check-internal.h"
+#include "formats/qcow2/check/qcow2-check-internal.h"
 #include "formats/qcow2/qcow2.h"
 #include "graph/backend.h"
 #include "graph/change.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Sparse counters of clusters. */
-#include "formats/qcow2/qcow2-counts.h"
+#include "formats/qcow2/check/qcow2-counts.h"
 #include "base/alloc.h"
 
 #include <errno.h>

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One run of a check, for qcow2-check*.c and qcow2-repair*.c alone.
+ * One run of a check, for this folder alone.
  *
  *   qcow2-check.c          the run: header, refcounts, comparing, the rounds of a repair
+ *   qcow2-check-online.c   the run on an image in use
  *   qcow2-check-io.c       reading and writing the file
  *   qcow2-check-tables.c   snapshots, bitmaps, other metadata
  *   qcow2-check-map.c      L1 and L2 tables
@@ -15,8 +16,8 @@
 #ifndef CAIRN_FORMATS_QCOW2_CHECK_INTERNAL_H
 #define CAIRN_FORMATS_QCOW2_CHECK_INTERNAL_H
 
-#include "formats/qcow2/qcow2-check.h"
-#include "formats/qcow2/qcow2-counts.h"
+#include "formats/qcow2/check/qcow2-check.h"
+#include "formats/qcow2/check/qcow2-counts.h"
 #include "formats/qcow2/qcow2-header.h"
 #include "loop/iobuf.h"
 #include "loop/lock.h"

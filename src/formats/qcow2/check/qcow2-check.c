@@ -6,7 +6,7 @@
 #include "base/alloc.h"
 #include "base/checked.h"
 #include "base/endian.h"
-#include "formats/qcow2/qcow2-check-internal.h"
+#include "formats/qcow2/check/qcow2-check-internal.h"
 #include "graph/backend.h"
 #include "loop/scope.h"
 

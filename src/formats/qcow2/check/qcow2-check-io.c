@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A check's requests: those of a client's backend, or of the driver's own, below an edge. */
 #include "base/checked.h"
-#include "formats/qcow2/qcow2-check-internal.h"
+#include "formats/qcow2/check/qcow2-check-internal.h"
 #include "graph/backend.h"
 #include "graph/node.h"
 
