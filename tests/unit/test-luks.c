@@ -80,8 +80,8 @@ static void co_fn as_openssl(void *arg)
 {
     static const char *const passwords[] = {
         "", "short", "a password of exactly sixty-four bytes, as many as sha256 takes!!",
-        "one that is longer than all of them: it is hashed before it is used, for whichever function that "
-        "may be; 128 bytes are not enough of it"};
+        ("one that is longer than all of them: it is hashed before it is used, for whichever function that "
+         "may be; 128 bytes are not enough of it")};
 
     static const struct {
         uint32_t iterations;
