@@ -124,6 +124,8 @@ int control_fn image_refuse_in_use(struct graph *g, const char *path, struct err
 bool image_format_known(const char *format);
 /* "raw", "qcow2", "luks": what can be made and written, too. */
 bool image_format_written(const char *format);
+/* The others, which can only be read. */
+bool image_format_imported(const char *format);
 /* Warns that the format of what is about to be written was guessed. */
 void image_warn_probed(const struct image *image);
 
