@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image tools beside the peer: both run with the same arguments on the same files."""
+import contextlib
 import json
 import os
 import re
@@ -95,6 +96,17 @@ class Tools:
     def io(self, image, *commands, fmt="qcow2"):
         words = [w for c in commands for w in ("-c", c)]
         run("qemu-io", "-f", fmt, "-d", "unmap", *words, image, cwd=self.directory)
+
+    @contextlib.contextmanager
+    def in_use(self, image, fmt="qcow2"):
+        """The peer has the image open for writing, and does nothing."""
+        with subprocess.Popen(["qemu-io", "-f", fmt, image], cwd=self.directory, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as user:
+            try:
+                assert user.stdout.read(len("qemu-io> ")) == b"qemu-io> "
+                yield
+            finally:
+                user.kill()
 
     def same(self, *arguments):
         """The same output and status; the messages are each program's own."""

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """create, info, map and measure beside qemu-img's."""
 import os
-import subprocess
-import time
 
 import pytest
 from image_support import need_peer, run, tools, u64, without_sizes  # pylint: disable=unused-import
@@ -68,11 +66,8 @@ def test_an_image_in_use_stays_what_it_is(tools):
     tools.io("x.qcow2", "write -P 5 0 64k")
     with open(tools.path("x.qcow2"), "rb") as f:
         before = f.read()
-    with subprocess.Popen(["qemu-io", "-f", "qcow2", "-c", "sleep 60000", "x.qcow2"], cwd=tools.directory) as user:
-        while tools.peer("info", "x.qcow2", ok=None).returncode == 0:
-            time.sleep(0.01)
+    with tools.in_use("x.qcow2"):
         refused = tools.ours("create", "-f", "qcow2", "x.qcow2", "2M", ok=None)
-        user.kill()
     assert refused.returncode == 1
     assert "x.qcow2" in refused.stderr
     with open(tools.path("x.qcow2"), "rb") as f:

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import subprocess
 
 import pytest
 from image_support import need_peer, run, tools  # pylint: disable=unused-import
@@ -285,12 +284,8 @@ def test_they_are_never_written_or_made(tools, fmt):
 
 def test_writers_are_kept_out(tools):
     make(tools, "vdi", "", "10M")
-    command = ["qemu-io", "-f", "vdi", "-c", "sleep 60000", tools.path("x.img")]
-    with subprocess.Popen(command) as user:
-        while tools.peer("info", "x.img", ok=None).returncode == 0:
-            pass
+    with tools.in_use("x.img", "vdi"):
         refused = tools.ours("compare", "x.img", "x.img", ok=None)
         shared = tools.ours("info", "-U", "x.img", ok=None)
-        user.kill()
     assert refused.returncode > 1 and "is another process using it" in refused.stderr
     assert shared.returncode == 0
