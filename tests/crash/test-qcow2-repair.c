@@ -325,15 +325,22 @@ static void repair_whole(struct damaged *d)
     judge(d, true);
 }
 
+/* Of a whole one. */
+static uint64_t ops_of_repair(struct damaged *d)
+{
+    uint64_t before;
+
+    put_image(d);
+    before = sim_disk_ops(d->disk);
+    repair_whole(d);
+    return sim_disk_ops(d->disk) - before;
+}
+
 static void cut_everywhere(struct damaged *d)
 {
     struct prng prng = {d->seed + 9};
-    uint64_t ops;
+    uint64_t ops = ops_of_repair(d);
 
-    put_image(d);
-    ops = sim_disk_ops(d->disk);
-    repair_whole(d);
-    ops = sim_disk_ops(d->disk) - ops;
     for (unsigned i = 0; i < CUTS; i++) {
         put_image(d);
         if (repair_until(d, sim_disk_ops(d->disk) + 1 + prng_below(&prng, ops), NULL) ==
@@ -347,12 +354,8 @@ static void cut_everywhere(struct damaged *d)
 
 static void cut_at_each(struct damaged *d)
 {
-    uint64_t ops;
+    uint64_t ops = ops_of_repair(d);
 
-    put_image(d);
-    ops = sim_disk_ops(d->disk);
-    repair_whole(d);
-    ops = sim_disk_ops(d->disk) - ops;
     for (uint64_t i = 0; i < ops * POWER_CUTS; i++) {
         put_image(d);
         if (repair_until(d, sim_disk_ops(d->disk) + 1 + i % ops, NULL) == SIM_KILLED)
@@ -379,12 +382,8 @@ static void fail_everywhere(struct damaged *d)
 /* What a repair does after a failure is not undone by what it does later. */
 static void fail_and_kill_everywhere(struct damaged *d)
 {
-    uint64_t ops;
+    uint64_t ops = ops_of_repair(d);
 
-    put_image(d);
-    ops = sim_disk_ops(d->disk);
-    repair_whole(d);
-    ops = sim_disk_ops(d->disk) - ops;
     for (uint64_t k = 1; k <= ops; k++) {
         for (uint64_t kill = k; kill <= 2 * ops; kill++) {
             struct sim_fault fault = {.name = IMAGE, .kind = SIM_ERROR, .error = EIO, .at = k};
