@@ -643,7 +643,6 @@ static void test_qcow2_create__never_touches_a_file_that_exists(void **state)
 {
     struct creation c = {.options = defaults(1 * MIB)};
     struct sim_disk *d = sim_disk_new();
-    struct sim_options o;
     char content[5] = "";
 
     (void)state;
@@ -658,7 +657,7 @@ static void test_qcow2_create__never_touches_a_file_that_exists(void **state)
     /* Nor does it make a file for options that are nonsense. */
     c.options.cluster_bits = 5;
     c.path = "/disk/other";
-    assert_int_equal(sim_run(&o, create, &c), SIM_RETURNED);
+    assert_int_equal(run_on(d, 1, create, &c), SIM_RETURNED);
     assert_int_equal(c.result, -EINVAL);
     assert_string_equal(c.message, "cannot create '/disk/other': cluster_bits is 5, expected 9 to "
                                    "21 (512 bytes to 2 MiB)");
