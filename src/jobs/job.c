@@ -409,6 +409,8 @@ void job_picture(const struct job *job, struct job_picture *ret)
     ret->paused = (j->user_pause || j->error_stop) && !j->cancelled;
     ret->io_status = j->io_status;
     tiny_lock_release(&j->lock);
+    /* Workers that rest may be on their way out already, and the status not know it yet: then it is what counts. */
+    rests |= job->status == JOB_STATUS_PAUSED || job->status == JOB_STATUS_STANDBY;
     ret->busy = job->working && !rests;
     ret->ready = job->status == JOB_STATUS_READY || job->status == JOB_STATUS_STANDBY;
     if (job->live && job->ops->progress)
