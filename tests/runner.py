@@ -35,6 +35,9 @@ class Ended:
 
 def adopt_orphans():
     """From here on what a test leaves behind becomes our child, also a daemon, so that it can be found and ended."""
+    for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(signum) == signal.SIG_IGN:  # as in the background of a shell: programs under test would ignore it, too
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     pr_set_child_subreaper = 36
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
